@@ -1,0 +1,33 @@
+# Every target works in .venv, which is made and filled on first use; a second call finds the stamp and does nothing.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.ppf-installed
+NATIVE := $(wildcard csrc/* cmake/*)
+
+.PHONY: demo test lint wheel clean
+demo: $(STAMP)
+	$(BIN)/ppf demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache $(STAMP)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMP): pyproject.toml CMakeLists.txt $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per family. Imported as ``ppf.kernels``; importing this package needs no Triton."""
