@@ -33,7 +33,7 @@ class PPFLlamaConfig(LlamaConfig):
         return [tuple(getattr(layer, field) for field in LAYER_FIELDS) for layer in self.per_layer_config]
 
     def validate_architecture(self) -> None:
-        """Replaces Llama's check, which refuses head counts that do not divide the hidden size: here the normal case."""
+        """Instead of Llama's check, which refuses head counts that do not divide the hidden size: here normal."""
         self._validate_overrides()
         for index, (heads, kv_heads, channels) in enumerate(self.layer_widths()):
             _validate_layer(index, heads, kv_heads, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def build(
     model.model.rotary_emb = rotary.to(cast[TIED[1]].device)
     model.config.dtype = dtype
     if generation_config is not None:
-        model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+        model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
 
 
