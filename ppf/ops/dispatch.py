@@ -1,0 +1,85 @@
+"""Which implementation a masked op takes on a GPU, by token count and kind of selection.
+
+The thresholds are measurements on an H200 (benchmarks/results/masked_gemm_*.json), not theory.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .selection import BLOCKS, INDICES, PREFIX
+
+# Above this many tokens, copying the kept weights and calling cuBLAS beats the tile kernels.
+COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 3072}
+SMALL_TOKENS = 16
+
+
+@lru_cache(maxsize=1)
+def triton_available() -> bool:
+    """Triton is an optional dependency; without it CUDA tensors take the reference path."""
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def kernels_apply(x: Tensor, *weights: Tensor) -> bool:
+    """The kernels are built for 16-bit types and unit last strides; the reference path takes everything else."""
+    sixteen_bit = x.dtype in (torch.bfloat16, torch.float16)
+    return sixteen_bit and triton_available() and all(w.stride(-1) == 1 for w in weights)
+
+
+def copy_engine(*tensors: Tensor) -> bool:
+    """True if the device has Hopper's copy engine and it can address these tensors."""
+    from ppf.kernels.tile import describable
+
+    return torch.cuda.get_device_capability(tensors[0].device)[0] >= 9 and describable(*tensors)
+
+
+def take(tensor: Tensor, dim: int, width: int, rows: Tensor | None) -> Tensor:
+    """The kept part of ``tensor`` along ``dim``: a view for a prefix, else a copy."""
+    return tensor.narrow(dim, 0, width) if rows is None else tensor.index_select(dim, rows)
+
+
+def linear_path(
+    x: Tensor, weight: Tensor, out_kind: int, out_width: int, in_kind: int, in_width: int, transposed: bool
+) -> str:
+    """Name of the implementation of ``masked_linear``: rows, columns, tiles, transposed or library."""
+    tokens = x.shape[0]
+    if not kernels_apply(x, weight) or 0 in (tokens, out_width, in_width):
+        return "library"
+    if transposed:
+        return _transposed_path(tokens, out_kind, in_kind)
+    if tokens <= SMALL_TOKENS:
+        return "rows"
+    if out_kind == PREFIX and in_kind == PREFIX:
+        return "library"
+    if in_kind == INDICES or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
+        return "library"
+    return "tiles"
+
+
+def _transposed_path(tokens: int, out_kind: int, in_kind: int) -> str:
+    if out_kind != PREFIX:
+        return "library"
+    if tokens <= SMALL_TOKENS:
+        return "columns"
+    if in_kind == PREFIX or tokens > COMPACT_TOKENS[in_kind]:
+        return "library"
+    return "transposed"
+
+
+def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> str:
+    """Name of the implementation of gate, up and silu·mul: rows, tiles, blocks or library."""
+    tokens = x.shape[0]
+    if not kernels_apply(x, gate, up) or 0 in (tokens, width, x.shape[1]):
+        return "reference"
+    if tokens <= SMALL_TOKENS:
+        return "rows"
+    if kind == PREFIX or tokens > COMPACT_TOKENS[kind]:
+        return "library"
+    return "blocks" if kind == BLOCKS and copy_engine(x, gate, up) else "tiles"
