@@ -36,11 +36,7 @@ def check_checkpoint(path: str | Path) -> LlamaConfig:
     """
     folder = existing_folder(path)
     config = read_config(folder)
-    if not isinstance(config, LlamaConfig) or isinstance(config, PPFLlamaConfig) or (folder / REPORT).exists():
-        remedy = "Give the dense LlamaForCausalLM it was made from; this folder can be loaded and run as it is"
-        if not (folder / REPORT).exists() and config.model_type == "mistral":
-            remedy = "Only LlamaForCausalLM checkpoints can be pruned"
-        raise InputError("checkpoint", folder, "cannot be pruned: it is no dense Llama", remedy)
+    require_source(folder, config)
     stored_tensors(folder, config)
     return config
 
@@ -79,6 +75,16 @@ def stored_tensors(folder: Path, config: PreTrainedConfig) -> dict[str, StoredTe
     found = {name: tensor.shape for name, tensor in stored.items()}
     check_shapes(f"checkpoint {folder}, tensor", expected, found)
     return stored
+
+
+def require_source(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise ``InputError`` unless ``folder`` is a Llama that PPF has not pruned yet."""
+    if (folder / REPORT).exists() or config.model_type == PPFLlamaConfig.model_type:
+        remedy = "Give the dense LlamaForCausalLM it was made from; this one can be loaded and run, not pruned again"
+        raise InputError("checkpoint", folder, "is already a result of PPF", remedy)
+    if config.model_type != LlamaConfig.model_type:
+        remedy = "Supported for pruning: LlamaForCausalLM"
+        raise InputError("architecture", config.architectures, f"{folder} is no Llama", remedy)
 
 
 def _require_architecture(file: Path, data: dict[str, Any]) -> None:

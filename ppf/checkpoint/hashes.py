@@ -78,4 +78,7 @@ def verify(path: str | Path) -> bool:
             raise InputError("file", folder / name, f"is listed in {REPORT} but does not exist", remedy)
         if sha256_of(folder / name) != recorded:
             raise InputError("file", folder / name, f"is not the file whose SHA-256 {REPORT} records", remedy)
+    for file in folder.glob("*.safetensors"):
+        if file.name not in files:
+            raise InputError("file", file, f"holds weights but is not listed in {REPORT}", remedy)
     return True

@@ -52,13 +52,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name. Raises ``InputError`` if the file is truncated or damaged."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            problem = f"its header length {length} does not fit the file of {size} bytes"
-            raise InputError("safetensors file", file, problem, _REMEDY)
-        entries = _parse(file, stream.read(length))
+    size, header = _raw_header(file)
+    length, entries = len(header), _parse(file, header)
     tensors, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: _offsets(file, *item)):
         tensors[name], end = _check_entry(file, name, entry, end)
@@ -74,7 +69,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("file", file, "does not exist", "Name a complete Hugging Face folder") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError("file", file, f"is not valid JSON ({error})", _REMEDY) from None
     if not isinstance(data, dict):
         raise InputError("file", file, "holds no JSON object", _REMEDY)
@@ -88,9 +83,8 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     headers = {shard: _read_shard(folder, shard) for shard in sorted(set(where.values()))}
     for name, shard in where.items():
         if name not in headers[shard]:
-            raise InputError(
-                "safetensors file", folder / shard, f"lacks tensor {name} that {INDEX} puts there", _REMEDY
-            )
+            file = folder / shard
+            raise InputError("safetensors file", file, f"lacks tensor {name}, which {INDEX} puts there", _REMEDY)
     for shard, header in headers.items():
         for name in header:
             if where.get(name) != shard:
@@ -106,10 +100,24 @@ def _read_shard(folder: Path, shard: str) -> dict[str, StoredTensor]:
     return read_header(folder / shard)
 
 
+def _raw_header(file: Path) -> tuple[int, bytes]:
+    """Size of the file in bytes, and its header without the eight bytes of its length."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size >= 8 and length <= min(size - 8, _LONGEST_HEADER):
+                return size, stream.read(length)
+    except OSError as error:
+        raise InputError("safetensors file", file, f"cannot be read ({error.strerror})", "Make it readable") from None
+    problem = f"its header length {length} does not fit the file of {size} bytes"
+    raise InputError("safetensors file", file, problem, _REMEDY)
+
+
 def _parse(file: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("safetensors file", file, f"its header is not valid JSON ({error})", _REMEDY) from None
     if not isinstance(entries, dict):
         raise InputError("safetensors file", file, "its header is no JSON object", _REMEDY)
@@ -134,7 +142,7 @@ def _check_entry(file: Path, name: str, entry: dict[str, Any], start: int) -> tu
     """The tensor of ``entry``, which must begin at ``start``, and where it ends."""
     dtype, shape = entry.get("dtype"), entry.get("shape")
     begin, end = _offsets(file, name, entry)
-    if dtype not in BYTES:
+    if not isinstance(dtype, str) or dtype not in BYTES:
         remedy = f"Use weights in one of {list(BYTES)}, not quantised"
         raise InputError("safetensors file", file, f"tensor {name} has type {dtype}", remedy)
     if not _naturals(shape):

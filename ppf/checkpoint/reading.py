@@ -19,7 +19,7 @@ from transformers import (
 
 from ..errors import InputError
 from ..models.layout import TIED, build
-from .checks import check_checkpoint, existing_folder, read_config, stored_tensors
+from .checks import existing_folder, read_config, require_source, stored_tensors
 from .hashes import verify
 from .headers import StoredTensor, read_json
 
@@ -34,8 +34,10 @@ def load_dense(path: str | Path, device: str = "cpu", dtype: str | torch.dtype =
     Raises ``InputError`` as :func:`check_checkpoint` does, for NaN or Inf weights, for an unknown dtype, and for a
     device that is not there.
     """
-    target, config = resolve_device(device), check_checkpoint(path)
-    return _load(Path(path), config, target, dtype)
+    target, folder = resolve_device(device), existing_folder(path)
+    config = read_config(folder)
+    require_source(folder, config)
+    return _load(folder, config, target, dtype)
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -45,7 +47,6 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto
     """
     target, folder = resolve_device(device), existing_folder(path)
     config = read_config(folder)
-    stored_tensors(folder, config)
     verify(folder)
     return _load(folder, config, target, dtype)
 
@@ -130,4 +131,9 @@ def _finite(file: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
-    return GenerationConfig.from_dict(read_json(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_json(file))
+    except (ValueError, TypeError) as error:
+        raise InputError("file", file, f"transformers refuses it ({error})", "Correct or remove it") from error

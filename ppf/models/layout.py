@@ -52,8 +52,11 @@ def pruned_config(dense: LlamaConfig, policy: Policy) -> PreTrainedConfig:
 
     A uniform policy without zeros gives a ``LlamaConfig``, or a ``MistralConfig`` with ``sliding_window=None`` where
     ``LlamaConfig`` refuses the head count because it does not divide the hidden size (the same computation). All
-    other policies give a ``PPFLlamaConfig``. Raises ``InputError`` for widths that ``dense`` cannot have.
+    other policies give a ``PPFLlamaConfig``. Raises ``InputError`` for widths that ``dense`` cannot have, or if it is
+    no Llama.
     """
+    if dense.model_type != LlamaConfig.model_type:
+        raise InputError("model_type", dense.model_type, "is no dense Llama", "Prune the LlamaForCausalLM it came from")
     require_supported(dense)
     structure = Structure.from_config(dense)
     _check_widths(structure, policy)
