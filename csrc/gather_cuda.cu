@@ -1,1 +1,353 @@
+// The channel gather on the device: any number of tensors in one launch, their descriptors passed by value.
+//
+// Two kernels share the launch code:
+// * `copy_kernel` moves pieces of 16 bytes (less where something is misaligned), a warp per row, eight loads in flight per
+//   lane. It serves row gathers and columns that come in aligned blocks (heads, prefixes), and reads kept bytes only.
+// * `staged_kernel` serves scattered columns. A 2-byte pick costs a 32-byte sector, so at the usual densities whole source
+//   rows are read anyway: they are copied to a ring in shared memory in 16-byte pieces while earlier rows are picked there.
+#include <cuda_pipeline_primitives.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
 #include "gather.h"
+
+namespace ppf {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kUnroll = 8;
+// Kernel parameters hold 32,764 bytes from CUDA 12.1 on, 4 KiB before.
+constexpr int kJobs = CUDART_VERSION >= 12010 ? 400 : 48;
+constexpr int kFewJobs = 4;
+constexpr int64_t kTileBytes = 64 << 10;
+constexpr int kStagedTileRows = 32;
+constexpr int64_t kSector = 32;
+
+struct Job {
+  const char* source;
+  char* target;
+  const int32_t* index;
+  int64_t source_stride, target_stride;  // bytes
+  int32_t rows;                          // of the result
+  int32_t pieces;                        // copy: accesses per row; staged: kept columns
+  int32_t row_bytes;                     // staged: bytes of a source row
+  int32_t first_tile, tile_rows;
+  int16_t width;  // bytes of an access (copy) or an element (staged)
+  int8_t dim;
+  int8_t step;  // copy along dim 1: index entries per piece
+};
+
+template <int N>
+struct Jobs {
+  int count;
+  Job job[N];
+};
+static_assert(sizeof(Jobs<kJobs>) <= (kJobs > 48 ? 32764 : 4096), "descriptors exceed the parameter space");
+
+// The job of this block: the last one whose first tile is not beyond it.
+template <int N>
+__device__ const Job& find_job(const Jobs<N>& jobs) {
+  int low = 0, high = jobs.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (jobs.job[middle].first_tile <= static_cast<int>(blockIdx.x)) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return jobs.job[low];
+}
+
+template <class Piece, bool kByRow>
+__device__ void copy_tile(const Job& job, int first, int last) {
+  const int lane = threadIdx.x % 32, pieces = job.pieces, step = job.step;
+  const int32_t* __restrict__ index = job.index;
+  for (int row = first + threadIdx.x / 32; row < last; row += kWarps) {
+    const int64_t from = kByRow ? __ldg(index + row) : row;
+    const Piece* source = reinterpret_cast<const Piece*>(job.source + from * job.source_stride);
+    Piece* target = reinterpret_cast<Piece*>(job.target + row * job.target_stride);
+    for (int base = lane; base < pieces; base += 32 * kUnroll) {
+      Piece held[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int piece = base + 32 * u;
+        if (piece < pieces) {
+          held[u] = __ldcs(source + (kByRow ? piece : __ldg(index + static_cast<int64_t>(piece) * step) / step));
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (base + 32 * u < pieces) __stcs(target + base + 32 * u, held[u]);
+      }
+    }
+  }
+}
+
+template <bool kByRow>
+__device__ void copy_tile_of_width(const Job& job, int first, int last) {
+  switch (job.width) {
+    case 16: return copy_tile<uint4, kByRow>(job, first, last);
+    case 8: return copy_tile<uint2, kByRow>(job, first, last);
+    case 4: return copy_tile<unsigned, kByRow>(job, first, last);
+    default: return copy_tile<unsigned short, kByRow>(job, first, last);
+  }
+}
+
+template <int N>
+__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ Jobs<N> jobs) {
+  const Job& job = find_job(jobs);
+  const int first = (static_cast<int>(blockIdx.x) - job.first_tile) * job.tile_rows;
+  const int last = min(job.rows, first + job.tile_rows);
+  if (job.dim == 0) {
+    copy_tile_of_width<true>(job, first, last);
+  } else {
+    copy_tile_of_width<false>(job, first, last);
+  }
+}
+
+__host__ __device__ constexpr int padded(int bytes) { return (bytes + 15) / 16 * 16; }
+// A row may start anywhere within a 16-byte line; in the ring it keeps that position, so that lines stay lines.
+__host__ __device__ constexpr int ring_pitch(int row_bytes) { return padded(row_bytes + 15); }
+
+__device__ int line_offset(const void* address) { return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16); }
+
+template <class Element>
+__device__ void load_row(char* stage, const char* row, int row_bytes) {
+  char* target = stage + line_offset(row);
+  const int head = min((16 - line_offset(row)) % 16, row_bytes);
+  const int lines = (row_bytes - head) / 16, tail = head + lines * 16;
+  for (int line = threadIdx.x; line < lines; line += kThreads) {
+    __pipeline_memcpy_async(target + head + line * 16, row + head + line * 16, 16);
+  }
+  const int at = threadIdx.x * static_cast<int>(sizeof(Element));
+  if (at < head) *reinterpret_cast<Element*>(target + at) = *reinterpret_cast<const Element*>(row + at);
+  if (tail + at < row_bytes) {
+    *reinterpret_cast<Element*>(target + tail + at) = *reinterpret_cast<const Element*>(row + tail + at);
+  }
+}
+
+// Lanes take neighbouring results, so that increasing lists meet few bank conflicts and a warp writes 128 bytes at once.
+template <class Element>
+__device__ void pick_row(Element* __restrict__ target, const Element* stage, const uint16_t* index, int count) {
+  int done = 0;
+  if (sizeof(Element) == 2 && reinterpret_cast<uintptr_t>(target) % 4 == 0) {
+#pragma unroll 4
+    for (int pair = threadIdx.x; pair < count / 2; pair += kThreads) {
+      const ushort2 at = reinterpret_cast<const ushort2*>(index)[pair];
+      const unsigned both = static_cast<unsigned>(stage[at.x]) | static_cast<unsigned>(stage[at.y]) << 16;
+      __stcs(reinterpret_cast<unsigned*>(target) + pair, both);
+    }
+    done = count / 2 * 2;
+  }
+#pragma unroll 4
+  for (int i = done + threadIdx.x; i < count; i += kThreads) __stcs(target + i, stage[index[i]]);
+}
+
+template <class Element, int kStages>
+__device__ void staged_tile(const Job& job, int first, int last, char* shared) {
+  uint16_t* index = reinterpret_cast<uint16_t*>(shared);
+  char* ring = shared + padded(job.pieces * 2);
+  const int pitch = ring_pitch(job.row_bytes);
+  for (int row = first; row < first + kStages - 1; ++row) {
+    if (row < last) load_row<Element>(ring + (row - first) * pitch, job.source + row * job.source_stride, job.row_bytes);
+    __pipeline_commit();
+  }
+  for (int i = threadIdx.x; i < job.pieces; i += kThreads) index[i] = static_cast<uint16_t>(job.index[i]);
+  for (int row = first; row < last; ++row) {
+    __pipeline_wait_prior(kStages - 2);
+    __syncthreads();  // row has arrived for every thread, and the stage refilled below was picked by every thread
+    const int next = row + kStages - 1;
+    if (next < last) {
+      load_row<Element>(ring + (next - first) % kStages * pitch, job.source + next * job.source_stride, job.row_bytes);
+    }
+    __pipeline_commit();
+    const char* source = job.source + row * job.source_stride;
+    const char* stage = ring + (row - first) % kStages * pitch + line_offset(source);
+    pick_row(reinterpret_cast<Element*>(job.target + row * job.target_stride), reinterpret_cast<const Element*>(stage),
+             index, job.pieces);
+  }
+}
+
+template <int N, int kStages>
+__global__ void __launch_bounds__(kThreads) staged_kernel(const __grid_constant__ Jobs<N> jobs) {
+  extern __shared__ __align__(16) char shared[];
+  const Job& job = find_job(jobs);
+  const int first = (static_cast<int>(blockIdx.x) - job.first_tile) * job.tile_rows;
+  const int last = min(job.rows, first + job.tile_rows);
+  if (job.width == 2) {
+    staged_tile<unsigned short, kStages>(job, first, last, shared);
+  } else {
+    staged_tile<unsigned, kStages>(job, first, last, shared);
+  }
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("gather: ") + what + ": " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return value;
+}
+
+// Makes `device` current for the calling thread's launches and restores the previous one.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = previous_ != device;
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+int64_t shared_bytes(const Job& job, int stages) {
+  return padded(job.pieces * 2) + static_cast<int64_t>(stages) * ring_pitch(job.row_bytes);
+}
+
+// The widest access that divides addresses, strides and row lengths alike.
+int access_width(const GatherJob& job, int64_t target_row_bytes) {
+  const int64_t size = job.element_size;
+  uint64_t all = reinterpret_cast<uint64_t>(job.source) | reinterpret_cast<uint64_t>(job.target) | 16;
+  all |= job.source_stride * size | job.target_stride * size | target_row_bytes;
+  if (job.dim == 1) all |= job.unit * size;
+  return static_cast<int>(all & (~all + 1));
+}
+
+struct Plan {
+  std::vector<Job> copies, staged;
+};
+
+void add_job(Plan& plan, const GatherJob& job, int64_t shared_limit) {
+  const int64_t size = job.element_size, kept = job.dim == 0 ? job.columns : job.count;
+  const int width = access_width(job, kept * size);
+  Job out{};
+  out.source = static_cast<const char*>(job.source);
+  out.target = static_cast<char*>(job.target);
+  out.index = static_cast<const int32_t*>(job.index);
+  out.source_stride = job.source_stride * size;
+  out.target_stride = job.target_stride * size;
+  out.rows = static_cast<int32_t>(job.dim == 0 ? job.count : job.rows);
+  out.dim = static_cast<int8_t>(job.dim);
+  if (job.dim == 1 && width < 16) {
+    out.pieces = static_cast<int32_t>(job.count);
+    out.width = static_cast<int16_t>(size);
+    // Staging reads every row whole: not for selections so thin that their sectors are fewer bytes.
+    const bool dense = job.count * kSector >= job.columns * size;
+    if (dense && job.columns <= 65536 && job.count <= 65536) {
+      out.row_bytes = static_cast<int32_t>(job.columns * size);
+      if (shared_bytes(out, 2) <= shared_limit) return plan.staged.push_back(out);
+    }
+  }
+  out.width = static_cast<int16_t>(width);
+  out.step = static_cast<int8_t>(job.dim == 0 ? 1 : width / size);
+  out.pieces = static_cast<int32_t>(kept * size / width);
+  const int64_t tile_rows = (kTileBytes / (kept * size) + kWarps - 1) / kWarps * kWarps;
+  out.tile_rows = static_cast<int32_t>(std::max<int64_t>(tile_rows, kWarps));
+  plan.copies.push_back(out);
+}
+
+template <int N, class Launch>
+void launch_chunks(const std::vector<Job>& all, const Launch& launch) {
+  for (size_t at = 0; at < all.size(); at += N) {
+    Jobs<N> jobs;
+    jobs.count = static_cast<int>(std::min<size_t>(N, all.size() - at));
+    int64_t tiles = 0;
+    for (int i = 0; i < jobs.count; ++i) {
+      jobs.job[i] = all[at + i];
+      jobs.job[i].first_tile = static_cast<int32_t>(tiles);
+      tiles += (jobs.job[i].rows + jobs.job[i].tile_rows - 1) / jobs.job[i].tile_rows;
+    }
+    if (tiles > 0x7fffffff) throw std::runtime_error("gather: more than 2^31 tiles in one call; split the call");
+    launch(jobs, static_cast<unsigned>(tiles));
+    check(cudaGetLastError(), "launch");
+  }
+}
+
+template <int N>
+void launch_copies(const std::vector<Job>& jobs, cudaStream_t stream) {
+  launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) { copy_kernel<N><<<tiles, kThreads, 0, stream>>>(chunk); });
+}
+
+template <int N, int kStages>
+void launch_staged(const std::vector<Job>& jobs, int64_t bytes, cudaStream_t stream) {
+  const auto kernel = staged_kernel<N, kStages>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "shared memory");
+  launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) { kernel<<<tiles, kThreads, bytes, stream>>>(chunk); });
+}
+
+template <int kStages>
+void launch_staged(const std::vector<Job>& jobs, int64_t bytes, cudaStream_t stream) {
+  if (jobs.size() <= kFewJobs) return launch_staged<kFewJobs, kStages>(jobs, bytes, stream);
+  launch_staged<kJobs, kStages>(jobs, bytes, stream);
+}
+
+int64_t largest_shared(const std::vector<Job>& jobs, int stages) {
+  int64_t bytes = 0;
+  for (const Job& job : jobs) bytes = std::max(bytes, shared_bytes(job, stages));
+  return bytes;
+}
+
+void run_staged(std::vector<Job>& jobs, int device, int64_t limit, cudaStream_t stream, int stages) {
+  const int64_t per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  const auto resident = [&](int depth) { return per_multiprocessor / (largest_shared(jobs, depth) + 1024); };
+  // The depth that keeps most rows on their way while one row per block is being picked.
+  int best = 2;
+  for (int depth = 3; depth <= 4; ++depth) {
+    const bool fits = largest_shared(jobs, depth) <= limit;
+    if (fits && (stages == depth || (stages == 0 && resident(depth) * (depth - 1) > resident(best) * (best - 1)))) best = depth;
+  }
+  int64_t rows = 0;
+  for (const Job& job : jobs) rows += job.rows;
+  const int64_t slots = std::max<int64_t>(1, resident(best)) * attribute(cudaDevAttrMultiProcessorCount, device);
+  // One wave where the work is small; otherwise enough rows per tile to pay for its copy of the index list.
+  const int64_t tile_rows = std::min<int64_t>(kStagedTileRows, std::max<int64_t>(1, (rows + slots - 1) / slots));
+  for (Job& job : jobs) job.tile_rows = static_cast<int32_t>(tile_rows);
+  const int64_t bytes = largest_shared(jobs, best);
+  if (best == 2) return launch_staged<2>(jobs, bytes, stream);
+  if (best == 3) return launch_staged<3>(jobs, bytes, stream);
+  launch_staged<4>(jobs, bytes, stream);
+}
+
+}  // namespace
+
+void gather_cuda(const std::vector<GatherJob>& jobs, int device, void* stream_address, int stages) {
+  const DeviceScope scope(device);
+  const auto stream = static_cast<cudaStream_t>(stream_address);
+  const int64_t limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  Plan plan;
+  for (const GatherJob& job : jobs) {
+    if (job.rows > 0 && job.columns > 0 && job.count > 0) add_job(plan, job, limit);
+  }
+  if (!plan.copies.empty()) {
+    plan.copies.size() <= kFewJobs ? launch_copies<kFewJobs>(plan.copies, stream) : launch_copies<kJobs>(plan.copies, stream);
+  }
+  if (!plan.staged.empty()) run_staged(plan.staged, device, limit, stream, stages);
+}
+
+const char* cuda_problem(int device) {
+  try {
+    const DeviceScope scope(device);
+    cudaFuncAttributes found;
+    const cudaError_t error = cudaFuncGetAttributes(&found, copy_kernel<kFewJobs>);
+    cudaGetLastError();  // a missing image is our answer, not the next launch's error
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  } catch (const std::runtime_error&) {
+    const cudaError_t error = cudaGetLastError();
+    return cudaGetErrorString(error == cudaSuccess ? cudaErrorUnknown : error);
+  }
+}
+
+}  // namespace ppf
