@@ -25,6 +25,15 @@ POLICY = Policy([2, 0, 1, 2, 0, 1, 2, 1], [384, 64, 0, 128, 0, 256, 384, 7])
 TENSOR = "model.layers.3.mlp.up_proj.weight"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small run several times slower when threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def source(tmp_path) -> Path:
     """A copy of the bundled model that a test may damage."""
@@ -317,6 +326,17 @@ def test_nan_and_inf_weights_are_named(source, value):
     check_checkpoint(source)
     for call in (load_dense, load):
         assert TENSOR in refusal(call, source) and "NaN or Inf" in refusal(call, source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("position", [0, 1, 17, 1000, 1002])
+def test_every_place_and_dtype_is_scanned(source, dtype, position):
+    def change(state):
+        state.update({name: tensor.to(dtype) for name, tensor in state.items()})
+        state[TENSOR].view(-1)[-position - 1] = float("nan")
+
+    edit_tensors(source, change)
+    assert TENSOR in refusal(load_dense, source)
 
 
 def test_weights_that_overflow_in_float16(source):

@@ -27,6 +27,15 @@ LLAMA3_ROPE = {
 POLICY = Policy([3, 0, 2, 0, 1, 1], [48, 16, 0, 0, 40, 7])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small run several times slower when threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def dense_config(**changes) -> LlamaConfig:
     fields = {
         "vocab_size": 97,
@@ -271,7 +280,7 @@ def test_fresh_process_needs_the_import_and_nothing_else(tmp_path):
     model = pruned_model()
     model.save_pretrained(tmp_path)
     code = (
-        "import sys, torch\nimport ppf.models\nfrom transformers import AutoModelForCausalLM\n"
+        "import sys, torch\ntorch.set_num_threads(1)\nimport ppf.models\nfrom transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "print(float(model(torch.arange(9)[None]).logits.detach().double().sum()))"
     )

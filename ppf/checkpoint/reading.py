@@ -119,14 +119,19 @@ def _read_finite(stored: dict[str, StoredTensor], device: torch.device, dtype: t
 
 
 def _finite(file: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not torch.isfinite(tensor).all():
+    if not _all_finite(tensor):
         problem = f"tensor {name} holds NaN or Inf"
         raise InputError("weights", file, problem, "The file is damaged or the model diverged: get it again")
     cast = tensor.to(dtype)
     # bfloat16 and float32 reach further than float16.
-    if dtype is torch.float16 and cast is not tensor and not torch.isfinite(cast).all():
+    if dtype is torch.float16 and cast is not tensor and not _all_finite(cast):
         raise InputError("dtype", dtype, f"tensor {name} of {file} overflows in it", "Use bfloat16 or float32")
     return cast
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # aminmax propagates NaN, and reads bf16 on a CPU several times faster than isfinite().all().
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
