@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from .errors import InputError
 
 
@@ -41,6 +44,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically. Raises ``ValueError`` for NaN and infinities: they are not JSON."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write ``tensors`` (copied to the CPU, made contiguous), atomically."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(held, temporary))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -98,9 +97,6 @@ def refusal(call, *arguments, **options) -> str:
     return str(caught.value)
 
 
-# --- reading what is right -------------------------------------------------------------------------------------------
-
-
 def test_dense_model_loads_as_transformers_loads_it():
     model, stock = load_dense(TINY), LlamaForCausalLM.from_pretrained(TINY)
     assert type(model) is LlamaForCausalLM and not model.training and model.dtype == torch.bfloat16
@@ -146,9 +142,6 @@ def flip_bit(file: Path, position: int) -> None:
     raw = bytearray(file.read_bytes())
     raw[position] ^= 1
     file.write_bytes(raw)
-
-
-# --- bad checkpoints -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", [check_checkpoint, load_dense, load, load_tokenizer, fingerprint, verify])
@@ -371,9 +364,6 @@ def test_loads_onto_the_gpu():
     torch.testing.assert_close(model(tokens().cuda()).logits.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-
 def test_tokenizer_missing_or_damaged(source):
     (source / "tokenizer.json").write_text('{"model": 3}')
     assert "tokenizer" in refusal(load_tokenizer, source)
@@ -387,9 +377,6 @@ def test_tokenizer_with_more_ids_than_the_model(source):
     tokenizer.save_pretrained(source)
     message = refusal(load_tokenizer, source)
     assert "2048" in message and "2047" in message
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def test_saved_result_loads_everywhere_and_verifies(pruned, tmp_path):
@@ -458,12 +445,6 @@ def test_empty_folder_is_filled_and_a_file_is_refused(pruned, tmp_path):
         assert "is a file" in refusal(save, pruned, None, path, {}, force=True)
 
 
-def test_force_never_replaces_the_working_folder(pruned, tmp_path, monkeypatch):
-    (tmp_path / "work" / "deep").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work" / "deep")
-    assert "working" in refusal(save, pruned, None, tmp_path / "work", {}, force=True)
-
-
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize(
     "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")]
@@ -508,34 +489,3 @@ def test_full_disk_under_safetensors(pruned, tmp_path):
         assert "MB needed" in refusal(save, pruned, None, disk / "out", {})
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-# --- single files ----------------------------------------------------------------------------------------------------
-
-
-def test_file_is_written_completely_or_not_at_all(tmp_path):
-    target = tmp_path / "run.json"
-    files.write_json(target, {"a": [1, 2.5]})
-    assert json.loads(target.read_text()) == {"a": [1, 2.5]}
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.write_atomically(target, fail)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        files.write_json(target, float("nan"))
-    assert json.loads(target.read_text()) == {"a": [1, 2.5]} and os.listdir(tmp_path) == ["run.json"]
-
-
-def test_full_disk_under_a_single_file(tmp_path):
-    def fail(temporary):
-        temporary.write_text("half")
-        with open("/dev/full", "w") as full:
-            full.write("x")
-
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    assert "no space left" in refusal(files.write_atomically, tmp_path / "run.json", fail)
-    assert os.listdir(tmp_path) == []

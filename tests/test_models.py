@@ -280,7 +280,8 @@ def test_fresh_process_needs_the_import_and_nothing_else(tmp_path):
     model = pruned_model()
     model.save_pretrained(tmp_path)
     code = (
-        "import sys, torch\ntorch.set_num_threads(1)\nimport ppf.models\nfrom transformers import AutoModelForCausalLM\n"
+        "import sys, torch\nimport ppf.models\nfrom transformers import AutoModelForCausalLM\n"
+        "torch.set_num_threads(1)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "print(float(model(torch.arange(9)[None]).logits.detach().double().sum()))"
     )

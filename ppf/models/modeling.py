@@ -80,7 +80,8 @@ class PPFLlamaModel(PPFLlamaPreTrainedModel, LlamaModel):
 class PPFLlamaForCausalLM(PPFLlamaPreTrainedModel, LlamaForCausalLM):
     """A non-uniformly pruned Llama with language-model head; ``forward`` is ``LlamaForCausalLM.forward``.
 
-    Weights have Llama's names; an absent sub-layer has no weights and no norm.
+    Weights have Llama's names; an absent sub-layer has no weights and no norm. All caches of ``generate()`` work; only
+    assisted and prompt-lookup decoding need transformers > 5.17, whose caches cannot crop a layer without attention.
     """
 
     def __init__(self, config: PPFLlamaConfig):
