@@ -30,7 +30,10 @@ class Grid:
         if self.ffn_multiple < 1 or channels % self.ffn_multiple:
             fits = [m for m in (256, 128, 64, 32, 16, 8) if channels % m == 0]
             raise InputError(
-                "ffn-multiple", self.ffn_multiple, f"does not divide the model's {channels} FFN channels", f"Use one of {fits}"
+                "ffn-multiple",
+                self.ffn_multiple,
+                f"does not divide the model's {channels} FFN channels",
+                f"Use one of {fits}",
             )
 
     @property

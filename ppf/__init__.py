@@ -1,0 +1,35 @@
+"""PPF: structural pruning of Llama-family language models.
+
+    run = ppf.fit(model, text, output)          # learns once how much every layer can lose
+    answer = run.policy(ratio=0.3)              # any size, in milliseconds
+    model = run.materialize(answer.policy)      # a physically smaller Hugging Face model
+
+Importing ppf registers ``ppf_llama`` with transformers' Auto classes.
+"""
+
+from . import models as _models  # noqa: F401  (registers the Auto classes)
+from .checkpoint import load, save
+from .errors import InputError, PPFError
+from .fitting import fit
+from .grid import Grid
+from .models import PPFLlamaConfig, PPFLlamaForCausalLM
+from .policy import Policy
+from .run import Answer, Run
+from .settings import Settings
+from .structure import Structure
+
+__all__ = [
+    "Answer",
+    "Grid",
+    "InputError",
+    "PPFError",
+    "PPFLlamaConfig",
+    "PPFLlamaForCausalLM",
+    "Policy",
+    "Run",
+    "Settings",
+    "Structure",
+    "fit",
+    "load",
+    "save",
+]

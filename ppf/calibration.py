@@ -1,0 +1,79 @@
+"""Calibration: one pass of the dense model over text, and what the inputs of o_proj and down_proj look like.
+
+The pass goes layer by layer over all sequences, so that only one layer's Gram matrices are in memory at any time: the
+caller stores (or uses) what each step yields and lets it go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .forward import attention_inner, ffn_inner, norm, rope
+from .text import batches
+from .weights import DecoderWeights
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of one output projection's input X [tokens, n], all fp32.
+
+    ``gram`` is XᵀX / tokens [n, n]; ``mean`` and ``variance`` are per channel [n].
+    """
+
+    gram: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer's o_proj input (n = G·g·d) and down_proj input (n = C)."""
+
+    attention: Statistics
+    ffn: Statistics
+
+
+class _Accumulator:
+    """Streams batches of X into the sums that :class:`Statistics` needs."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.gram = torch.zeros(size, size, device=device)
+        self.total = torch.zeros(size, device=device)
+        self.tokens = 0
+
+    def add(self, inner: Tensor) -> None:
+        x = inner.flatten(0, -2).float()
+        self.gram.addmm_(x.T, x)
+        self.total += x.sum(0)
+        self.tokens += len(x)
+
+    def finish(self) -> Statistics:
+        gram, mean = self.gram.div_(self.tokens), self.total / self.tokens
+        return Statistics(gram, mean, (gram.diagonal() - mean.square()).clamp_min(0))
+
+
+@torch.no_grad()
+def calibrate(weights: DecoderWeights, sequences: Tensor) -> Iterator[LayerStatistics]:
+    """Yield every layer's statistics in order, from one dense pass over int64 ``sequences`` [N, T].
+
+    ``weights`` are the dense model's, in any unit order; the statistics' channels stand in that same order.
+    """
+    s = weights.structure
+    cos_sin = rope(weights, sequences.shape[1])
+    hidden = [F.embedding(batch.to(weights.device), weights.embedding) for batch in batches(sequences)]
+    for layer in weights.layers:
+        attention = _Accumulator(s.kv_groups * s.group_rows, weights.device)
+        ffn = _Accumulator(s.channels, weights.device)
+        for x in hidden:
+            inner = attention_inner(norm(x, layer.attention_norm, weights.epsilon), layer, s, cos_sin, s.kv_groups)
+            attention.add(inner)
+            x += F.linear(inner, layer.o)
+            inner = ffn_inner(norm(x, layer.ffn_norm, weights.epsilon), layer, s.channels)
+            ffn.add(inner)
+            x += F.linear(inner, layer.down)
+        yield LayerStatistics(attention.finish(), ffn.finish())

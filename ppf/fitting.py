@@ -1,0 +1,175 @@
+"""``ppf fit``: from a checkpoint and a text to a complete run. Everything it does can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from ._version import versions
+from .calibration import LayerStatistics, calibrate
+from .collection import collect, learn
+from .errors import InputError
+from .files import require_space, write_json, write_safetensors
+from .grid import Grid
+from .library import refit_layer, save_refits
+from .precision import compute_dtype
+from .progress import Progress, silent
+from .ranking import rank_layer
+from .run import MANIFEST, Run, layer_file, read_manifest
+from .settings import Settings
+from .structure import Structure
+from .text import Splits, pack, read_tokens, split, take_tokens
+from .weights import DecoderWeights, LayerRanking, permute_layer
+
+# The agent that stays is trained longer than those that only propose the next round.
+_FINAL_EFFORT = 2.0
+
+
+def fit(
+    model: str | Path,
+    text: str | Path,
+    output: str | Path,
+    *,
+    settings: Settings | None = None,
+    eval_text: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Run:
+    """Learn how much every layer of ``model`` can lose; leaves a run in ``output`` and returns it.
+
+    Calibration uses the first three quarters of ``text`` and evaluation the rest, or ``eval_text`` if given. If
+    ``output`` holds an unfinished fit of the same model, texts and settings, it goes on where that stopped; a finished
+    one is returned as it is. Raises ``InputError`` for anything wrong with the arguments, before any work.
+    """
+    settings, output = settings or Settings(), Path(output)
+    target = checkpoint.resolve_device(device)
+    config = checkpoint.check_checkpoint(model)
+    structure = Structure.from_config(config)
+    Grid(structure, settings.ffn_multiple)
+    _prepare(model, text, eval_text, output, settings, structure)
+    run = Run(output, device=str(target))
+    if not run.is_complete:
+        started = time.perf_counter()
+        _calibrate(run, progress)
+        _learn(run, progress)
+        _finish(run, time.perf_counter() - started)
+    return Run(output, device=str(target))
+
+
+def _prepare(
+    model: str | Path,
+    text: str | Path,
+    eval_text: str | Path | None,
+    output: Path,
+    settings: Settings,
+    structure: Structure,
+) -> None:
+    """Make ``output`` a run that has its texts and its manifest, or check that it is one of the same question."""
+    question = {
+        "fingerprint": checkpoint.fingerprint(model),
+        "structure": structure.to_dict(),
+        "settings": settings.to_dict(),
+        "texts": {"text": _sha256(text), "eval_text": _sha256(eval_text) if eval_text else None},
+    }
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        _require_same(output, question)
+        return
+    tokenizer = checkpoint.load_tokenizer(model)
+    parts = _splits(tokenizer, text, eval_text, settings)
+    require_space(output, _run_bytes(Grid(structure, settings.ffn_multiple)))
+    output.mkdir(parents=True, exist_ok=True)
+    tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
+    write_safetensors(output / "texts.safetensors", tensors)
+    names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
+    manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
+    write_json(output / MANIFEST, question | manifest)
+
+
+def _require_same(output: Path, question: dict[str, Any]) -> None:
+    if not (output / MANIFEST).exists():
+        raise InputError("output", output, "exists, is not empty and is not a run", "Name a new folder")
+    manifest = read_manifest(output)
+    remedy = "Use the same arguments to resume it, or name a new folder"
+    if manifest["fingerprint"] != question["fingerprint"]:
+        raise InputError("output", output, "is a run of another model", remedy)
+    theirs, ours = Settings.from_dict(manifest["settings"]), Settings.from_dict(question["settings"])
+    if name := ours.difference(theirs):
+        problem = f"is a run with {name.replace('_', '-')} = {getattr(theirs, name)}, not {getattr(ours, name)}"
+        raise InputError("output", output, problem, remedy)
+    if manifest["texts"] != question["texts"]:
+        raise InputError("output", output, "is a run on another text", remedy)
+
+
+def _splits(tokenizer: Any, text: str | Path, eval_text: str | Path | None, settings: Settings) -> Splits:
+    sequences = pack(read_tokens(text, tokenizer), settings.sequence_length)
+    if eval_text is None:
+        return split(sequences, settings.calibration_tokens, settings.evaluation_tokens)
+    evaluation = pack(read_tokens(eval_text, tokenizer), settings.sequence_length, "eval-text")
+    return Splits(
+        take_tokens(sequences, settings.calibration_tokens), take_tokens(evaluation, settings.evaluation_tokens)
+    )
+
+
+def _calibrate(run: Run, progress: Progress) -> None:
+    """Write every layer's statistics, ranking and library; nothing to do if the last layer's are there."""
+    layers = run.structure.layers
+    for folder in ("statistics", "library"):
+        (run.path / folder).mkdir(exist_ok=True)
+    if (run.path / layer_file("library", layers - 1)).exists():
+        return
+    weights = run.weights
+    computing = weights.to(compute_dtype(weights.dtype, run.device))
+    progress("calibrate", 0, layers)
+    for index, statistics in enumerate(calibrate(computing, run.sequences("calibration"))):
+        ranking = rank_layer(run.settings.ranking, weights.layers[index], statistics, run.structure)
+        write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
+        permuted = permute_layer(weights.layers[index], ranking, run.structure)
+        attention, ffn = refit_layer(permuted, statistics, ranking, run.grid)
+        save_refits(run.path / layer_file("library", index), attention, ffn)
+        progress("calibrate", index + 1, layers)
+
+
+def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:
+    tensors = {"ranking.attention": ranking.attention, "ranking.ffn": ranking.ffn}
+    for name, part in (("attention", statistics.attention), ("ffn", statistics.ffn)):
+        tensors |= {f"{name}.gram": part.gram, f"{name}.mean": part.mean, f"{name}.variance": part.variance}
+    return tensors
+
+
+def _learn(run: Run, progress: Progress) -> None:
+    """Collect the experience, then train the predictor and the agent that stay."""
+    settings = run.settings
+    collect(run.evaluator(), run.experience, settings.evaluations, settings.seed, progress)
+    progress("learn", 0, 1)
+    fitted = learn(run.grid, run.experience.rows(), settings.seed, run.device, _FINAL_EFFORT)
+    write_safetensors(run.path / "predictor.safetensors", fitted.predictor.state_dict())
+    write_safetensors(run.path / "agent.safetensors", fitted.agent.state_dict())
+    progress("learn", 1, 1)
+
+
+def _finish(run: Run, seconds: float) -> None:
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    write_json(run.path / MANIFEST, run.manifest | {"state": "complete", "device": device, "seconds": seconds})
+
+
+def _run_bytes(grid: Grid) -> int:
+    """An upper estimate of what the run will take on disk: fp32 Grams and a library of at most fp32 weights."""
+    s = grid.structure
+    query, groups, levels = s.kv_groups * s.group_rows, s.kv_groups, s.channels // grid.ffn_multiple
+    grams = 4 * (query**2 + s.channels**2)
+    library = 4 * s.hidden * (query * (groups + 1) // 2 + s.channels * (levels + 1) // 2)
+    return s.layers * (grams + library)
+
+
+def _sha256(path: str | Path) -> str:
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError("text", path, f"cannot be read ({error.strerror})", "Give a UTF-8 text file") from None

@@ -1,0 +1,77 @@
+"""Rankings: which unit goes first. One score per input channel of the output projection, summed over a unit's channels.
+
+W is o_proj or down_proj [hidden, n]; x its input, of which calibration knows the second moments. A ranking is
+independent of any policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .calibration import LayerStatistics, Statistics
+from .errors import InputError
+from .structure import Structure
+from .weights import LayerRanking, LayerWeights
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a score may look at: the output projection, its input's statistics, and the rows that feed each channel."""
+
+    output: Tensor  # [hidden, n]
+    statistics: Statistics
+    inputs: tuple[Tensor, ...]  # matrices [n, hidden] whose row j makes channel j
+
+
+def magnitude(s: Scored) -> Tensor:
+    """‖W[:,j]‖₂, fp32 [n]."""
+    return s.output.float().norm(dim=0)
+
+
+def wanda_sp(s: Scored) -> Tensor:
+    """mean_i |W_ij| · ‖x_j‖₂ (Wanda, arXiv 2306.11695, structured as in FLAP's Wanda-sp), fp32 [n]."""
+    return s.output.float().abs().mean(0) * s.statistics.gram.diagonal().sqrt()
+
+
+def flap_wifv(s: Scored) -> Tensor:
+    """Var(x_j) · ‖W[:,j]‖₂² (FLAP, arXiv 2312.11983, weighted input feature variance), fp32 [n]."""
+    return s.statistics.variance * s.output.float().square().sum(0)
+
+
+def maw(s: Scored) -> Tensor:
+    """Σ over the feeding matrices of max + |min| of row j (maximum absolute weight), fp32 [n]."""
+    return sum(w.float().amax(1) + w.float().amin(1).abs() for w in s.inputs)
+
+
+RANKINGS: dict[str, Callable[[Scored], Tensor]] = {
+    "magnitude": magnitude,
+    "wanda-sp": wanda_sp,
+    "flap-wifv": flap_wifv,
+    "maw": maw,
+}
+
+
+def ranking_named(name: str) -> Callable[[Scored], Tensor]:
+    """The score function called ``name``; raises ``InputError`` with the names there are."""
+    if name not in RANKINGS:
+        raise InputError("ranking", name, "is not a ranking", f"Use one of {', '.join(RANKINGS)}")
+    return RANKINGS[name]
+
+
+def rank_layer(name: str, layer: LayerWeights, statistics: LayerStatistics, structure: Structure) -> LayerRanking:
+    """Units of one layer by falling importance, on the CPU; ties go to the lower index."""
+    score = ranking_named(name)
+    # One row of v feeds the same channel of all g query heads of its group, as a row of gate and up feeds a channel.
+    d, g = structure.head_dim, structure.heads_per_group
+    values = layer.v.view(structure.kv_groups, 1, d, -1).expand(-1, g, -1, -1).reshape(-1, layer.v.shape[1])
+    attention = score(Scored(layer.o, statistics.attention, (values,)))
+    ffn = score(Scored(layer.down, statistics.ffn, (layer.gate, layer.up)))
+    return LayerRanking(_order(attention.view(structure.kv_groups, -1).sum(1)), _order(ffn))
+
+
+def _order(scores: Tensor) -> Tensor:
+    return torch.argsort(scores.cpu(), descending=True, stable=True)

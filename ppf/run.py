@@ -1,0 +1,188 @@
+"""A run: what ``ppf fit`` leaves behind, and everything one can ask of it afterwards.
+
+RUN/run.json                 model, fingerprint, structure, settings, texts, state
+RUN/texts.safetensors        token sequences of calibration and evaluation
+RUN/statistics/layer-000…    calibration statistics and ranking of each layer
+RUN/library/layer-000…       refitted o and down of each level
+RUN/experience.sqlite        measured policies
+RUN/predictor.safetensors, RUN/agent.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from . import checkpoint
+from .agent import Agent
+from .errors import InputError
+from .evaluation import Evaluator
+from .experience import Experience
+from .grid import Grid
+from .library import Library, load_refits
+from .policy import Policy
+from .precision import compute_dtype
+from .predictor import Prediction, Predictor
+from .projection import check_ratio
+from .settings import Settings
+from .structure import Structure
+from .surgery import materialize
+from .weights import DecoderWeights, LayerRanking
+
+MANIFEST = "run.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The agent's answer to a requested ratio. ``milliseconds`` is the agent's time, projection included."""
+
+    policy: Policy
+    requested_ratio: float
+    delivered_ratio: float
+    predicted_log_perplexity: float
+    predicted_std: float
+    milliseconds: float
+
+
+class Run:
+    """An opened run directory. Weights are loaded when first needed; :meth:`policy` needs none."""
+
+    def __init__(self, path: str | Path, device: str = "cpu"):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.device = checkpoint.resolve_device(device)
+        self.settings = Settings.from_dict(self.manifest["settings"])
+        self.structure = Structure(**self.manifest["structure"])
+        self.grid = Grid(self.structure, self.settings.ffn_multiple)
+
+    @property
+    def model_path(self) -> Path:
+        """Where the dense checkpoint was when the run was fitted."""
+        return Path(self.manifest["model"])
+
+    @property
+    def is_complete(self) -> bool:
+        """True once ``ppf fit`` has finished."""
+        return self.manifest["state"] == "complete"
+
+    @cached_property
+    def experience(self) -> Experience:
+        return Experience(self.path / "experience.sqlite")
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        predictor = Predictor(self.grid)
+        predictor.load_state_dict(self._tensors("predictor.safetensors"))
+        return predictor.eval()
+
+    @cached_property
+    def agent(self) -> Agent:
+        agent = Agent(self.grid)
+        agent.load_state_dict(self._tensors("agent.safetensors"))
+        return agent.eval()
+
+    def policy(self, ratio: float) -> Answer:
+        """The agent's policy for any ratio, with the predictor's opinion of it.
+
+        Raises ``InputError`` for a ratio that is no share or beyond the structure, or while the fit is unfinished.
+        """
+        check_ratio(ratio, self.grid)
+        self._require_complete()
+        agent, predictor = self.agent, self.predictor  # loading is not the agent's time
+        start = time.perf_counter()
+        levels = agent(torch.tensor([ratio]))
+        milliseconds = 1000 * (time.perf_counter() - start)
+        prediction = predictor(levels)
+        policy = self.grid.decode(levels)[0]
+        return Answer(
+            policy, ratio, self.grid.ratio(policy), float(prediction.mean), float(prediction.std), milliseconds
+        )
+
+    def predict(self, policy: Policy) -> Prediction:
+        """The predictor's log-perplexity [1] for any policy on the grid."""
+        self._require_complete()
+        return self.predictor(self.grid.encode([policy]))
+
+    @cached_property
+    def dense(self) -> LlamaForCausalLM:
+        """The dense model. Raises ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
+        if checkpoint.fingerprint(self.model_path) != self.manifest["fingerprint"]:
+            problem = f"is not the model that {self.path} was fitted on"
+            raise InputError("model", self.model_path, problem, "Put the original checkpoint back, or fit a new run")
+        return checkpoint.load_dense(self.model_path, device=str(self.device))
+
+    @cached_property
+    def weights(self) -> DecoderWeights:
+        """The dense weights in checkpoint order and dtype."""
+        return DecoderWeights.from_model(self.dense)
+
+    @cached_property
+    def ranking(self) -> list[LayerRanking]:
+        files = (self._tensors(layer_file("statistics", index)) for index in range(self.structure.layers))
+        return [LayerRanking(t["ranking.attention"], t["ranking.ffn"]) for t in files]
+
+    @cached_property
+    def library(self) -> Library:
+        """All refits, on the device, in the checkpoint's dtype."""
+        layers = self.weights.permuted(self.ranking).layers
+        pairs = [load_refits(self._tensors(layer_file("library", index)), layer) for index, layer in enumerate(layers)]
+        return Library([attention for attention, _ in pairs] + [ffn for _, ffn in pairs])
+
+    def sequences(self, part: str = "evaluation") -> Tensor:
+        """Token sequences int64 [N, T] of "calibration" or "evaluation"."""
+        return self._tensors("texts.safetensors")[part].to(torch.int64)
+
+    def evaluator(
+        self, dtype: torch.dtype | None = None, refit: bool = True, sequences: Tensor | None = None
+    ) -> Evaluator:
+        """Masked evaluation of this run's model on its evaluation text (or on ``sequences`` int64 [N, T])."""
+        dtype = dtype or compute_dtype(self.weights.dtype, self.device)
+        sequences = self.sequences() if sequences is None else sequences
+        weights = self.weights.to(dtype).permuted(self.ranking)
+        return Evaluator(weights, self.grid, sequences, self.library.to(dtype) if refit else None)
+
+    def materialize(self, policy: Policy, refit: bool = True) -> PreTrainedModel:
+        """The physically smaller model of ``policy``, in the checkpoint's dtype on this run's device."""
+        library = self.library if refit else None
+        model = materialize(self.dense.config, self.weights, self.ranking, self.grid, policy, library)
+        model.generation_config = self.dense.generation_config
+        return model
+
+    def _require_complete(self) -> None:
+        if not self.is_complete:
+            remedy = "Start the same `ppf fit` command again: it goes on where it stopped"
+            raise InputError("run", self.path, "its fit is not finished", remedy)
+
+    def _tensors(self, name: str | Path) -> dict[str, Tensor]:
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            remedy = "Start the same `ppf fit` command again, or fit a new run"
+            raise InputError("run", self.path / name, f"cannot be read ({error})", remedy) from None
+
+
+def layer_file(folder: str, index: int) -> Path:
+    """Path of one layer's file inside a run."""
+    return Path(folder) / f"layer-{index:03d}.safetensors"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The contents of ``run.json``. Raises ``InputError`` if ``path`` is no run."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        Settings.from_dict(manifest["settings"])
+        Structure(**manifest["structure"])
+        return manifest | {"state": manifest["state"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "no such folder" if not path.is_dir() else f"no readable {MANIFEST} in it ({type(error).__name__})"
+        raise InputError("run", path, reason, "Give a folder that `ppf fit --output` made") from None
