@@ -33,7 +33,7 @@ const char* simd_level();
 #ifdef PPF_WITH_CUDA
 // Device memory to device memory on `stream`: all jobs in one launch, two if some need staging, more beyond a few hundred.
 // Index lists are int32 on the device and were checked by pack_index; nothing is allocated or synchronised.
-// `stages` is the depth of the column gather's ring of rows, 2 to 4 (0 = automatic). Throws std::runtime_error.
+// `stages` is the depth of the column gather's ring of rows, 2 or 3 (0 = automatic). Throws std::runtime_error.
 void gather_cuda(const std::vector<GatherJob>& jobs, int device, void* stream, int stages);
 
 // Why the kernels cannot run on `device` (no machine code for it, driver too old), or nullptr if they can.

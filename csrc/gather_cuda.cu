@@ -5,6 +5,7 @@
 //   lane. It serves row gathers and columns that come in aligned blocks (heads, prefixes), and reads kept bytes only.
 // * `staged_kernel` serves scattered columns. A 2-byte pick costs a 32-byte sector, so at the usual densities whole source
 //   rows are read anyway: they are copied to a ring in shared memory in 16-byte pieces while earlier rows are picked there.
+//   A thread makes the same picks in every row of its tile, so it holds their positions in registers.
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
@@ -24,6 +25,7 @@ constexpr int kUnroll = 8;
 constexpr int kJobs = CUDART_VERSION >= 12010 ? 400 : 48;
 constexpr int kFewJobs = 4;
 constexpr int64_t kTileBytes = 64 << 10;
+constexpr int kStagedThreads = 512;
 constexpr int kStagedTileRows = 32;
 constexpr int64_t kSector = 32;
 
@@ -110,9 +112,8 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
   }
 }
 
-__host__ __device__ constexpr int padded(int bytes) { return (bytes + 15) / 16 * 16; }
 // A row may start anywhere within a 16-byte line; in the ring it keeps that position, so that lines stay lines.
-__host__ __device__ constexpr int ring_pitch(int row_bytes) { return padded(row_bytes + 15); }
+__host__ __device__ constexpr int ring_pitch(int row_bytes) { return (row_bytes + 15 + 15) / 16 * 16; }
 
 __device__ int line_offset(const void* address) { return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16); }
 
@@ -121,7 +122,7 @@ __device__ void load_row(char* stage, const char* row, int row_bytes) {
   char* target = stage + line_offset(row);
   const int head = min((16 - line_offset(row)) % 16, row_bytes);
   const int lines = (row_bytes - head) / 16, tail = head + lines * 16;
-  for (int line = threadIdx.x; line < lines; line += kThreads) {
+  for (int line = threadIdx.x; line < lines; line += kStagedThreads) {
     __pipeline_memcpy_async(target + head + line * 16, row + head + line * 16, 16);
   }
   const int at = threadIdx.x * static_cast<int>(sizeof(Element));
@@ -131,33 +132,65 @@ __device__ void load_row(char* stage, const char* row, int row_bytes) {
   }
 }
 
-// Lanes take neighbouring results, so that increasing lists meet few bank conflicts and a warp writes 128 bytes at once.
-template <class Element>
-__device__ void pick_row(Element* __restrict__ target, const Element* stage, const uint16_t* index, int count) {
-  int done = 0;
-  if (sizeof(Element) == 2 && reinterpret_cast<uintptr_t>(target) % 4 == 0) {
-#pragma unroll 4
-    for (int pair = threadIdx.x; pair < count / 2; pair += kThreads) {
-      const ushort2 at = reinterpret_cast<const ushort2*>(index)[pair];
-      const unsigned both = static_cast<unsigned>(stage[at.x]) | static_cast<unsigned>(stage[at.y]) << 16;
-      __stcs(reinterpret_cast<unsigned*>(target) + pair, both);
-    }
-    done = count / 2 * 2;
-  }
-#pragma unroll 4
-  for (int i = done + threadIdx.x; i < count; i += kThreads) __stcs(target + i, stage[index[i]]);
-}
+// The picks of one thread: two neighbouring results per slot, their source columns as two 16-bit numbers. Lanes take
+// neighbouring pairs, so that increasing lists meet few bank conflicts and a warp writes whole lines.
+template <int kSlots>
+struct Picks {
+  unsigned columns[kSlots];
+  int count;
 
-template <class Element, int kStages>
-__device__ void staged_tile(const Job& job, int first, int last, char* shared) {
-  uint16_t* index = reinterpret_cast<uint16_t*>(shared);
-  char* ring = shared + padded(job.pieces * 2);
+  __device__ Picks(const int32_t* __restrict__ index, int count) : count(count) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int at = result(slot);
+      const unsigned low = at < count ? __ldg(index + at) : 0, high = at + 1 < count ? __ldg(index + at + 1) : 0;
+      columns[slot] = low | high << 16;
+    }
+  }
+
+  __device__ int result(int slot) const { return 2 * (slot * kStagedThreads + static_cast<int>(threadIdx.x)); }
+
+  __device__ void row(unsigned short* target, const unsigned short* stage) const {
+    const bool pairs = reinterpret_cast<uintptr_t>(target) % 4 == 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int at = result(slot);
+      if (at >= count) break;
+      const unsigned low = stage[columns[slot] & 0xffff], high = stage[columns[slot] >> 16];
+      if (pairs && at + 1 < count) {
+        __stcs(reinterpret_cast<unsigned*>(target + at), low | high << 16);
+      } else {
+        target[at] = static_cast<unsigned short>(low);
+        if (at + 1 < count) target[at + 1] = static_cast<unsigned short>(high);
+      }
+    }
+  }
+
+  __device__ void row(unsigned* target, const unsigned* stage) const {
+    const bool pairs = reinterpret_cast<uintptr_t>(target) % 8 == 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int at = result(slot);
+      if (at >= count) break;
+      const uint2 both = make_uint2(stage[columns[slot] & 0xffff], stage[columns[slot] >> 16]);
+      if (pairs && at + 1 < count) {
+        __stcs(reinterpret_cast<uint2*>(target + at), both);
+      } else {
+        target[at] = both.x;
+        if (at + 1 < count) target[at + 1] = both.y;
+      }
+    }
+  }
+};
+
+template <class Element, int kStages, int kSlots>
+__device__ void staged_tile(const Job& job, int first, int last, char* ring) {
   const int pitch = ring_pitch(job.row_bytes);
   for (int row = first; row < first + kStages - 1; ++row) {
     if (row < last) load_row<Element>(ring + (row - first) * pitch, job.source + row * job.source_stride, job.row_bytes);
     __pipeline_commit();
   }
-  for (int i = threadIdx.x; i < job.pieces; i += kThreads) index[i] = static_cast<uint16_t>(job.index[i]);
+  const Picks<kSlots> picks(job.index, job.pieces);
   for (int row = first; row < last; ++row) {
     __pipeline_wait_prior(kStages - 2);
     __syncthreads();  // row has arrived for every thread, and the stage refilled below was picked by every thread
@@ -168,21 +201,21 @@ __device__ void staged_tile(const Job& job, int first, int last, char* shared) {
     __pipeline_commit();
     const char* source = job.source + row * job.source_stride;
     const char* stage = ring + (row - first) % kStages * pitch + line_offset(source);
-    pick_row(reinterpret_cast<Element*>(job.target + row * job.target_stride), reinterpret_cast<const Element*>(stage),
-             index, job.pieces);
+    picks.row(reinterpret_cast<Element*>(job.target + row * job.target_stride), reinterpret_cast<const Element*>(stage));
   }
 }
 
-template <int N, int kStages>
-__global__ void __launch_bounds__(kThreads) staged_kernel(const __grid_constant__ Jobs<N> jobs) {
-  extern __shared__ __align__(16) char shared[];
+// The fewer positions a thread holds, the more blocks fit a multiprocessor.
+template <int N, int kStages, int kSlots>
+__global__ void __launch_bounds__(kStagedThreads, kSlots <= 8 ? 3 : kSlots <= 16 ? 2 : 1) staged_kernel(const __grid_constant__ Jobs<N> jobs) {
+  extern __shared__ __align__(16) char ring[];
   const Job& job = find_job(jobs);
   const int first = (static_cast<int>(blockIdx.x) - job.first_tile) * job.tile_rows;
   const int last = min(job.rows, first + job.tile_rows);
   if (job.width == 2) {
-    staged_tile<unsigned short, kStages>(job, first, last, shared);
+    staged_tile<unsigned short, kStages, kSlots>(job, first, last, ring);
   } else {
-    staged_tile<unsigned, kStages>(job, first, last, shared);
+    staged_tile<unsigned, kStages, kSlots>(job, first, last, ring);
   }
 }
 
@@ -213,10 +246,6 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-int64_t shared_bytes(const Job& job, int stages) {
-  return padded(job.pieces * 2) + static_cast<int64_t>(stages) * ring_pitch(job.row_bytes);
-}
-
 // The widest access that divides addresses, strides and row lengths alike.
 int access_width(const GatherJob& job, int64_t target_row_bytes) {
   const int64_t size = job.element_size;
@@ -225,6 +254,9 @@ int access_width(const GatherJob& job, int64_t target_row_bytes) {
   if (job.dim == 1) all |= job.unit * size;
   return static_cast<int>(all & (~all + 1));
 }
+
+constexpr int kMaxSlots = 32;
+constexpr int kMaxPicks = 2 * kStagedThreads * kMaxSlots;
 
 struct Plan {
   std::vector<Job> copies, staged;
@@ -246,9 +278,9 @@ void add_job(Plan& plan, const GatherJob& job, int64_t shared_limit) {
     out.width = static_cast<int16_t>(size);
     // Staging reads every row whole: not for selections so thin that their sectors are fewer bytes.
     const bool dense = job.count * kSector >= job.columns * size;
-    if (dense && job.columns <= 65536 && job.count <= 65536) {
+    if (dense && job.columns <= 65536 && job.count <= kMaxPicks) {
       out.row_bytes = static_cast<int32_t>(job.columns * size);
-      if (shared_bytes(out, 2) <= shared_limit) return plan.staged.push_back(out);
+      if (2 * ring_pitch(out.row_bytes) <= shared_limit) return plan.staged.push_back(out);
     }
   }
   out.width = static_cast<int16_t>(width);
@@ -281,44 +313,59 @@ void launch_copies(const std::vector<Job>& jobs, cudaStream_t stream) {
   launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) { copy_kernel<N><<<tiles, kThreads, 0, stream>>>(chunk); });
 }
 
-template <int N, int kStages>
-void launch_staged(const std::vector<Job>& jobs, int64_t bytes, cudaStream_t stream) {
-  const auto kernel = staged_kernel<N, kStages>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "shared memory");
-  launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) { kernel<<<tiles, kThreads, bytes, stream>>>(chunk); });
-}
-
-template <int kStages>
-void launch_staged(const std::vector<Job>& jobs, int64_t bytes, cudaStream_t stream) {
-  if (jobs.size() <= kFewJobs) return launch_staged<kFewJobs, kStages>(jobs, bytes, stream);
-  launch_staged<kJobs, kStages>(jobs, bytes, stream);
-}
-
-int64_t largest_shared(const std::vector<Job>& jobs, int stages) {
-  int64_t bytes = 0;
-  for (const Job& job : jobs) bytes = std::max(bytes, shared_bytes(job, stages));
+int most_row_bytes(const std::vector<Job>& jobs) {
+  int bytes = 0;
+  for (const Job& job : jobs) bytes = std::max(bytes, job.row_bytes);
   return bytes;
 }
 
-void run_staged(std::vector<Job>& jobs, int device, int64_t limit, cudaStream_t stream, int stages) {
-  const int64_t per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  const auto resident = [&](int depth) { return per_multiprocessor / (largest_shared(jobs, depth) + 1024); };
-  // The depth that keeps most rows on their way while one row per block is being picked.
-  int best = 2;
-  for (int depth = 3; depth <= 4; ++depth) {
-    const bool fits = largest_shared(jobs, depth) <= limit;
-    if (fits && (stages == depth || (stages == 0 && resident(depth) * (depth - 1) > resident(best) * (best - 1)))) best = depth;
+template <int N, int kStages, int kSlots>
+class Staged {
+ public:
+  Staged(const std::vector<Job>& jobs, int64_t shared_limit) : bytes_(int64_t{kStages} * ring_pitch(most_row_bytes(jobs))) {
+    if (bytes_ > shared_limit) return;
+    check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes_)), "ring");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_, kernel_, kStagedThreads, bytes_), "occupancy");
   }
-  int64_t rows = 0;
-  for (const Job& job : jobs) rows += job.rows;
-  const int64_t slots = std::max<int64_t>(1, resident(best)) * attribute(cudaDevAttrMultiProcessorCount, device);
-  // One wave where the work is small; otherwise enough rows per tile to pay for its copy of the index list.
-  const int64_t tile_rows = std::min<int64_t>(kStagedTileRows, std::max<int64_t>(1, (rows + slots - 1) / slots));
-  for (Job& job : jobs) job.tile_rows = static_cast<int32_t>(tile_rows);
-  const int64_t bytes = largest_shared(jobs, best);
-  if (best == 2) return launch_staged<2>(jobs, bytes, stream);
-  if (best == 3) return launch_staged<3>(jobs, bytes, stream);
-  launch_staged<4>(jobs, bytes, stream);
+
+  // Rows on their way to a multiprocessor while each of its blocks picks one.
+  int rows_in_flight() const { return resident_ * (kStages - 1); }
+
+  void launch(std::vector<Job>& jobs, int multiprocessors, cudaStream_t stream) const {
+    int64_t rows = 0;
+    for (const Job& job : jobs) rows += job.rows;
+    // One wave where the work is small; otherwise enough rows per tile to pay for its reading of the index list.
+    const int64_t slots = std::max(1, resident_) * multiprocessors;
+    const int64_t tile_rows = std::min<int64_t>(kStagedTileRows, (rows + slots - 1) / slots);
+    for (Job& job : jobs) job.tile_rows = static_cast<int32_t>(tile_rows);
+    launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) {
+      kernel_<<<tiles, kStagedThreads, bytes_, stream>>>(chunk);
+    });
+  }
+
+ private:
+  static constexpr auto kernel_ = staged_kernel<N, kStages, kSlots>;
+  int64_t bytes_;
+  int resident_ = 0;
+};
+
+template <int N, int kSlots>
+void launch_staged(std::vector<Job>& jobs, int device, int64_t limit, cudaStream_t stream, int stages) {
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  const Staged<N, 2, kSlots> two(jobs, limit);
+  const Staged<N, 3, kSlots> three(jobs, limit);
+  const bool deep = stages == 3 || (stages == 0 && three.rows_in_flight() >= two.rows_in_flight());
+  deep && three.rows_in_flight() > 0 ? three.launch(jobs, multiprocessors, stream) : two.launch(jobs, multiprocessors, stream);
+}
+
+template <int N>
+void launch_staged(std::vector<Job>& jobs, int device, int64_t limit, cudaStream_t stream, int stages) {
+  int picks = 0;
+  for (const Job& job : jobs) picks = std::max(picks, job.pieces);
+  const int slots = (picks + 2 * kStagedThreads - 1) / (2 * kStagedThreads);
+  if (slots <= 8) return launch_staged<N, 8>(jobs, device, limit, stream, stages);
+  if (slots <= 16) return launch_staged<N, 16>(jobs, device, limit, stream, stages);
+  launch_staged<N, kMaxSlots>(jobs, device, limit, stream, stages);
 }
 
 }  // namespace
@@ -334,7 +381,9 @@ void gather_cuda(const std::vector<GatherJob>& jobs, int device, void* stream_ad
   if (!plan.copies.empty()) {
     plan.copies.size() <= kFewJobs ? launch_copies<kFewJobs>(plan.copies, stream) : launch_copies<kJobs>(plan.copies, stream);
   }
-  if (!plan.staged.empty()) run_staged(plan.staged, device, limit, stream, stages);
+  if (plan.staged.empty()) return;
+  plan.staged.size() <= kFewJobs ? launch_staged<kFewJobs>(plan.staged, device, limit, stream, stages)
+                                 : launch_staged<kJobs>(plan.staged, device, limit, stream, stages);
 }
 
 const char* cuda_problem(int device) {

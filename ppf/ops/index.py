@@ -28,15 +28,13 @@ class Index:
             raise InputError("limit", limit, "is not the size of a dimension", "Use 0 to 2^31 - 1")
         self.limit = int(limit)
         self.host, (self.unit,) = pack([("index", values.cpu(), self.limit)])
-        self._copies: dict[torch.device, Tensor] = {}
+        self._copies: dict[torch.device, Tensor] = {self.host.device: self.host}
 
     def __len__(self) -> int:
         return self.host.numel()
 
     def on(self, device: torch.device) -> Tensor:
         """The list as int32 [N] on ``device``."""
-        if device.type == "cpu":
-            return self.host
         if device not in self._copies:
             self._copies[device] = self.host.to(device)
         return self._copies[device]
