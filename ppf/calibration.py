@@ -65,7 +65,7 @@ def calibrate(weights: DecoderWeights, sequences: Tensor) -> Iterator[LayerStati
     """
     s = weights.structure
     cos_sin = rope(weights, sequences.shape[1])
-    hidden = [F.embedding(batch.to(weights.device), weights.embedding) for batch in batches(sequences)]
+    hidden = [F.embedding(batch.to(weights.device), weights.embedding) for batch in batches(sequences, weights.device)]
     for layer in weights.layers:
         attention = _Accumulator(s.kv_groups * s.group_rows, weights.device)
         ffn = _Accumulator(s.channels, weights.device)
@@ -76,4 +76,7 @@ def calibrate(weights: DecoderWeights, sequences: Tensor) -> Iterator[LayerStati
             inner = ffn_inner(norm(x, layer.ffn_norm, weights.epsilon), layer, s.channels)
             ffn.add(inner)
             x += F.linear(inner, layer.down)
-        yield LayerStatistics(attention.finish(), ffn.finish())
+        result = LayerStatistics(attention.finish(), ffn.finish())
+        del attention, ffn
+        yield result
+        del result

@@ -37,7 +37,7 @@ class Evaluator:
         """Mean negative log-likelihood per predicted token, in nats."""
         levels = self.grid.encode([policy])[0].tolist()
         total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
-        for tokens in batches(self.sequences):
+        for tokens in batches(self.sequences, self.weights.device):
             total += token_losses(self.weights, self._hidden(levels, tokens), tokens).double().sum()
         count, length = self.sequences.shape
         return float(total) / (count * (length - 1))

@@ -13,8 +13,8 @@ from torch import Tensor
 from .structure import Structure
 from .weights import DecoderWeights, LayerWeights
 
-# Logits of 2,048 tokens in fp32 take 1 GB at a vocabulary of 128k: the largest block worth holding at once.
-LOGIT_TOKENS = 2048
+# Logits in fp32 held at once: 1 GB is 2,048 tokens of a vocabulary of 128k, or 65,536 of one of 4k.
+_LOGIT_BYTES = 1 << 30
 
 
 def rope(weights: DecoderWeights, length: int) -> tuple[Tensor, Tensor]:
@@ -57,10 +57,15 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def token_losses(weights: DecoderWeights, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihoods in nats, fp32 [B, T-1], of tokens [B, T] given final hidden states [B, T, hidden]."""
-    x = norm(hidden, weights.norm, weights.epsilon)[:, :-1].flatten(0, 1)
-    targets = tokens[:, 1:].flatten()
+    return head_losses(norm(hidden, weights.norm, weights.epsilon), weights.head, tokens)
+
+
+def head_losses(normed: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
+    """The same for hidden states that are normalised already, and a head [vocabulary, hidden]."""
+    x, targets = normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    block = max(1, _LOGIT_BYTES // (4 * len(head)))
     losses = [
-        F.cross_entropy(F.linear(part, weights.head).float(), target, reduction="none")
-        for part, target in zip(x.split(LOGIT_TOKENS), targets.split(LOGIT_TOKENS), strict=True)
+        F.cross_entropy(F.linear(part, head).float(), target, reduction="none")
+        for part, target in zip(x.split(block), targets.split(block), strict=True)
     ]
     return torch.cat(losses).view(len(tokens), -1)
