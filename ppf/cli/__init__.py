@@ -1,0 +1,47 @@
+"""The command line. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .eval import evaluate
+from .failures import Commands
+from .fit import fit
+from .generate import generate
+from .info import info
+from .policy import policy
+from .prune import prune
+
+app = typer.Typer(name="ppf", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command("fit")(fit)
+app.command("policy")(policy)
+app.command("prune")(prune)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("info")(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .._version import versions
+
+        typer.echo(f"ppf {versions()['ppf']}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Structural pruning of Llama-family language models: fit once, then any size in milliseconds."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of the ``ppf`` command."""
+    app(prog_name="ppf")

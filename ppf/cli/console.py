@@ -1,0 +1,82 @@
+"""What the user sees: results on standard output, progress and errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from ..progress import Progress
+
+errors = Console(stderr=True)
+"""Standard error; it follows ``sys.stderr`` when that is replaced."""
+
+_LABELS = {
+    "calibrate": "Calibrating layers",
+    "evaluate": "Measuring policies",
+    "learn": "Training predictor and agent",
+    "search": "Searching",
+    "score": "Scoring tokens",
+    "demo": "Pruned and reloaded",
+}
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on standard output. Raises ``ValueError`` for NaN and infinities."""
+    print(json.dumps(data, indent=2, allow_nan=False), file=sys.stdout)
+
+
+def show(as_json: bool, data: dict[str, Any], *renderables: RenderableType) -> None:
+    """A command's result: ``data`` for machines, or ``renderables`` for people."""
+    if as_json:
+        print_json(data)
+        return
+    console = Console()
+    for renderable in renderables:
+        # Paths and figures must survive being piped: no markup, no wrapping in the middle of a name.
+        console.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A callable for ``progress=`` arguments that draws one bar a stage, with rate and time left, on stderr."""
+    columns = (
+        TextColumn("{task.description:<30}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    tasks = {}
+    with Bars(*columns, console=errors) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                # What a resumed stage starts with is not counted into its rate.
+                tasks[stage] = bars.add_task(_LABELS.get(stage, stage), total=total, completed=done)
+            bars.update(tasks[stage], total=total, completed=done)
+
+        yield report
+
+
+def lines(facts: dict[str, Any]) -> str:
+    """Name and value of every fact, one a line, in two columns."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+class _Rate(ProgressColumn):
+    """Items a second, or seconds an item where that is the larger number."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="cyan")

@@ -1,0 +1,56 @@
+"""How the command line fails: one line, an exit code, and with --json an object on standard output.
+
+Exit codes: 2 for a user's mistake, 1 for anything else that PPF raises on purpose, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import InputError, PPFError
+from .console import errors, print_json
+
+# typer carries its own copy of click since 0.20; this is the class of "no such option" in either.
+_UsageError = typer.BadParameter.__base__
+
+_AFTER_INTERRUPT = {
+    "fit": "Start the same command again: it goes on where it stopped",
+    "prune": "Nothing was written to OUT; evaluations of --search stay in RUN",
+    "demo": "Start it again",
+}
+
+
+class Commands(TyperGroup):
+    """The group of all commands; turns what they raise into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            hint = _AFTER_INTERRUPT.get(ctx.invoked_subcommand, "Nothing was written")
+            _fail(as_json, 130, {"problem": "interrupted", "remedy": hint}, f"Interrupted. {hint}.")
+        except InputError as error:
+            facts = {name: str(getattr(error, name)) for name in ("field", "value", "problem", "remedy")}
+            _fail(as_json, 2, facts, f"Error: {error}")
+        except _UsageError as error:
+            message = error.format_message().rstrip(".") + "."
+            remedy = f"See `{error.ctx.command_path if error.ctx else 'ppf'} --help`"
+            _fail(as_json, 2, {"problem": message, "remedy": remedy}, f"Error: {message} {remedy}")
+        except PPFError as error:
+            _fail(as_json, 1, {"problem": str(error)}, f"Error: {error}")
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of a pipe has left; not worth a message
+                raise
+            _fail(as_json, 1, {"problem": str(error)}, f"Error: {error}")
+
+
+def _fail(as_json: bool, code: int, facts: dict[str, str], line: str) -> None:
+    if as_json:
+        print_json({"error": facts})
+    errors.print(" ".join(line.split()), style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)

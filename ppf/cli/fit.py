@@ -1,0 +1,47 @@
+"""``ppf fit``: learn once how much every layer can lose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import lines, progress_bars, show
+from .info import run_facts
+from .options import Device, Json, Model, Seed, SequenceLength, TextFile
+
+
+def fit(
+    model: Model,
+    text: TextFile,
+    output: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run; an unfinished one is resumed.")],
+    evaluations: Annotated[int, typer.Option(help="Policies to measure; more give better policies.")] = 600,
+    device: Device = "auto",
+    seed: Seed = 0,
+    eval_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Evaluate on this text, not on the last quarter of --text.")
+    ] = None,
+    ranking: Annotated[str, typer.Option(help="magnitude, wanda-sp, flap-wifv or maw.")] = "wanda-sp",
+    ffn_multiple: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 64,
+    sequence_length: SequenceLength = 512,
+    calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,
+    evaluation_tokens: Annotated[int, typer.Option(help="At most so many tokens of evaluation text.")] = 16_384,
+    as_json: Json = False,
+) -> None:
+    """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
+    from ..fitting import fit as fit_run
+    from ..settings import Settings
+
+    settings = Settings(
+        evaluations, seed, ranking, ffn_multiple, sequence_length, calibration_tokens, evaluation_tokens
+    )
+    with progress_bars() as progress:
+        run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
+    facts = run_facts(run)
+    show(
+        as_json,
+        facts,
+        lines({"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}),
+        f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT",
+    )
