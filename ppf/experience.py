@@ -50,8 +50,7 @@ class Experience:
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._db.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
-            remedy = "Restore the file from a copy, or fit into a new RUN"
-            raise InputError("experience", path, f"is not a readable database ({error})", remedy) from None
+            raise self._unreadable(error) from None
 
     def append(self, evaluation: Evaluation) -> None:
         """Store one row durably. Raises ``ValueError`` if its policy is already there."""
@@ -65,24 +64,35 @@ class Experience:
         except sqlite3.IntegrityError as error:
             raise ValueError(f"cannot store {row}: {error}") from None
         except sqlite3.OperationalError as error:
-            raise InputError(
-                "experience", self.path, str(error), "Free some space and start the command again"
-            ) from None
+            remedy = "Free some space, end other commands that write to this RUN, and start the command again"
+            raise InputError("experience", self.path, str(error), remedy) from None
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from None
 
     def rows(self, before_round: int | None = None) -> list[Evaluation]:
         """All rows in order, or those of the rounds before ``before_round``."""
         query = "SELECT policy, log_perplexity, ratio, round, source, seconds FROM evaluations"
         query += "" if before_round is None else f" WHERE round < {int(before_round)}"
-        return [Evaluation(Policy.from_json(row[0]), *row[1:]) for row in self._db.execute(query + " ORDER BY id")]
+        return [Evaluation(Policy.from_json(row[0]), *row[1:]) for row in self._read(query + " ORDER BY id")]
 
     def lookup(self, policy: Policy) -> float | None:
         """The measured log-perplexity of ``policy``, or None if it was never measured."""
         query = "SELECT log_perplexity FROM evaluations WHERE policy = ?"
-        row = self._db.execute(query, (policy.to_json(),)).fetchone()
-        return None if row is None else row[0]
+        found = self._read(query, policy.to_json())
+        return found[0][0] if found else None
 
     def __len__(self) -> int:
-        return self._db.execute("SELECT COUNT(*) FROM evaluations").fetchone()[0]
+        return self._read("SELECT COUNT(*) FROM evaluations")[0][0]
 
     def close(self) -> None:
         self._db.close()
+
+    def _read(self, query: str, *values: str) -> list[tuple]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: sqlite3.DatabaseError) -> InputError:
+        remedy = "Restore the file from a copy, or fit into a new RUN"
+        return InputError("experience", self.path, f"is not a readable database ({error})", remedy)

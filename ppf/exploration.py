@@ -6,12 +6,14 @@ predictor must be right), the same with noise, and neighbours of the best measur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from .agent import Agent
+from .errors import InputError, PPFError
 from .experience import Evaluation
 from .grid import Grid
 from .policy import Policy
@@ -21,6 +23,15 @@ from .sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform
 # Share of a round that comes from the agent itself, from the agent with noise; the rest are screened neighbours.
 _GREEDY, _NOISY = 0.4, 0.3
 _NEIGHBOURS = 32  # candidates screened per proposal
+_PATIENCE = 60  # fruitless draws after which a small model is taken to have no new policies left
+
+
+def check_evaluations(evaluations: int, grid: Grid) -> None:
+    """Raise ``InputError`` unless ``grid`` has at least four times as many policies as shall be measured."""
+    policies = math.prod(high - low + 1 for low, high in zip(grid.minimum, grid.maximum, strict=True))
+    if evaluations > policies // 4:
+        remedy = f"Use at most {policies // 4}, or a smaller --ffn-multiple"
+        raise InputError("evaluations", evaluations, f"is too much for a model with {policies} policies", remedy)
 
 
 def initial_proposals(grid: Grid, count: int, seed: int) -> list[tuple[Policy, str]]:
@@ -29,10 +40,14 @@ def initial_proposals(grid: Grid, count: int, seed: int) -> list[tuple[Policy, s
     ratios = [r for r in (0.1, 0.2, 0.3, 0.4, 0.5) if r <= grid.maximum_ratio]
     proposals = {grid.dense(): "dense"}
     proposals |= {uniform_policy(grid, ratio): "uniform" for ratio in ratios}
-    while len(proposals) < count:
+    for _ in range(_PATIENCE):
+        if len(proposals) >= count:
+            break
         drawn = random_levels(grid, random_ratios(2 * count, generator), generator)
         for policy in grid.decode(drawn):
             proposals.setdefault(policy, "random")
+    else:
+        raise _exhausted(count)
     return list(proposals.items())[:count]
 
 
@@ -54,17 +69,21 @@ def next_proposals(
                 proposals.setdefault(policy, source)
 
     add(agent(_spread(count, generator).to(device)), "agent", round(_GREEDY * count))
-    noise = 0.2
-    while len(proposals) < round((_GREEDY + _NOISY) * count):
-        add(
-            agent(_spread(count, generator).to(device), noise, generator),
-            "agent-noise",
-            round((_GREEDY + _NOISY) * count),
-        )
-        noise *= 1.5  # an agent that is sure of itself repeats itself
-    while len(proposals) < count:
+    with_noise = round((_GREEDY + _NOISY) * count)
+    for attempt in range(_PATIENCE):
+        if len(proposals) >= with_noise:
+            break
+        noise = 0.2 * 1.5**attempt  # an agent that is sure of itself repeats itself
+        add(agent(_spread(count, generator).to(device), noise, generator), "agent-noise", with_noise)
+    for _ in range(_PATIENCE):
+        if len(proposals) >= count:
+            return list(proposals.items())
         add(_screened(agent.grid, predictor, rows, count, generator), "neighbour", count)
-    return list(proposals.items())
+    raise _exhausted(count)
+
+
+def _exhausted(count: int) -> PPFError:
+    return PPFError(f"cannot find {count} new policies to measure: the model has too few. Fit with fewer evaluations")
 
 
 def _spread(count: int, generator: Generator) -> Tensor:

@@ -15,6 +15,7 @@ from ._version import versions
 from .calibration import LayerStatistics, calibrate
 from .collection import collect, learn
 from .errors import InputError
+from .exploration import check_evaluations
 from .files import require_space, write_json, write_safetensors
 from .grid import Grid
 from .library import refit_layer, save_refits
@@ -25,10 +26,11 @@ from .run import MANIFEST, Run, layer_file, read_manifest
 from .settings import Settings
 from .structure import Structure
 from .text import Splits, pack, read_tokens, split, take_tokens
-from .weights import DecoderWeights, LayerRanking, permute_layer
+from .weights import LayerRanking, permute_layer
 
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
+_TEXTS = "texts.safetensors"
 
 
 def fit(
@@ -51,7 +53,7 @@ def fit(
     target = checkpoint.resolve_device(device)
     config = checkpoint.check_checkpoint(model)
     structure = Structure.from_config(config)
-    Grid(structure, settings.ffn_multiple)
+    check_evaluations(settings.evaluations, Grid(structure, settings.ffn_multiple))
     _prepare(model, text, eval_text, output, settings, structure)
     run = Run(output, device=str(target))
     if not run.is_complete:
@@ -77,7 +79,7 @@ def _prepare(
         "settings": settings.to_dict(),
         "texts": {"text": _sha256(text), "eval_text": _sha256(eval_text) if eval_text else None},
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or not all(_unfinished_start(file) for file in output.iterdir())):
         _require_same(output, question)
         return
     tokenizer = checkpoint.load_tokenizer(model)
@@ -85,10 +87,17 @@ def _prepare(
     require_space(output, _run_bytes(Grid(structure, settings.ffn_multiple)))
     output.mkdir(parents=True, exist_ok=True)
     tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
-    write_safetensors(output / "texts.safetensors", tensors)
+    write_safetensors(output / _TEXTS, tensors)
     names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
     manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
     write_json(output / MANIFEST, question | manifest)
+
+
+def _unfinished_start(file: Path) -> bool:
+    """True for what a fit leaves that was killed before it had written its manifest."""
+    return file.name == _TEXTS or (
+        file.name.endswith(".tmp") and file.name.startswith((f".{_TEXTS}.", f".{MANIFEST}."))
+    )
 
 
 def _require_same(output: Path, question: dict[str, Any]) -> None:
@@ -123,16 +132,23 @@ def _calibrate(run: Run, progress: Progress) -> None:
         (run.path / folder).mkdir(exist_ok=True)
     if (run.path / layer_file("library", layers - 1)).exists():
         return
-    weights = run.weights
-    computing = weights.to(compute_dtype(weights.dtype, run.device))
+    computing = run.weights.to(compute_dtype(run.weights.dtype, run.device))
+    stream = calibrate(computing, run.sequences("calibration"))
     progress("calibrate", 0, layers)
-    for index, statistics in enumerate(calibrate(computing, run.sequences("calibration"))):
-        ranking = rank_layer(run.settings.ranking, weights.layers[index], statistics, run.structure)
-        write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
-        permuted = permute_layer(weights.layers[index], ranking, run.structure)
-        attention, ffn = refit_layer(permuted, statistics, ranking, run.grid)
-        save_refits(run.path / layer_file("library", index), attention, ffn)
+    for index in range(layers):
+        # Passed on and forgotten: a name here would keep one layer's Grams while the next one's are computed.
+        _store_layer(run, index, next(stream))
         progress("calibrate", index + 1, layers)
+
+
+def _store_layer(run: Run, index: int, statistics: LayerStatistics) -> None:
+    """Write one layer's statistics, ranking and library; the library comes last and marks the layer as done."""
+    layer = run.weights.layers[index]
+    ranking = rank_layer(run.settings.ranking, layer, statistics, run.structure)
+    write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
+    permuted = permute_layer(layer, ranking, run.structure)
+    attention, ffn = refit_layer(permuted, statistics, ranking, run.grid)
+    save_refits(run.path / layer_file("library", index), attention, ffn)
 
 
 def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class Grid:
     def __post_init__(self) -> None:
         channels = self.structure.channels
         if self.ffn_multiple < 1 or channels % self.ffn_multiple:
-            fits = [m for m in (256, 128, 64, 32, 16, 8) if channels % m == 0]
+            fits = [m for m in range(256, 0, -1) if channels % m == 0][:6]
             raise InputError(
                 "ffn-multiple",
                 self.ffn_multiple,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Policy:
     ffn: tuple[int, ...]
 
     def __init__(self, attention: Sequence[int], ffn: Sequence[int]):
-        object.__setattr__(self, "attention", tuple(int(w) for w in attention))
-        object.__setattr__(self, "ffn", tuple(int(w) for w in ffn))
+        # index() and not int(): a width of 170.67 is a mistake of the caller, never 170.
+        object.__setattr__(self, "attention", tuple(index(w) for w in attention))
+        object.__setattr__(self, "ffn", tuple(index(w) for w in ffn))
 
     @property
     def is_uniform(self) -> bool:

@@ -5,8 +5,8 @@ l". Compared with one-hot levels, neighbouring levels share most bits, so each m
 the within-ratio rank correlation at 400 evaluations rises from 0.79 to 0.95 (dev/LOG.md). Each network adds a linear
 part (every sub-layer's own damage) to a multi-layer perceptron (their interactions).
 
-The networks predict log(log-perplexity − offset): errors grow with the damage, and on this scale they are about equal at
-all ratios. Every row is hidden from two members, whose errors on it scale the ensemble's spread into an honest
+The networks predict log(log-perplexity − offset): errors grow with the damage, and on this scale they are about equal
+at all ratios. Every row is hidden from two members, whose errors on it scale the ensemble's spread into an honest
 uncertainty.
 """
 
@@ -106,8 +106,9 @@ class Predictor(nn.Module):
     def calibrate_uncertainty(self, outputs: Tensor, held_out: Tensor, targets: Tensor) -> None:
         """Fit the uncertainty to out-of-fold errors: σ² = (scale · ensemble std)² + residual².
 
-        ``outputs`` [members, N] and ``targets`` [N] are standardised; ``held_out`` bool [members, N] marks the members (two or more a row) that
-        never saw a row. Members agree on what they have seen, so only the unseen rows tell how far they may be off.
+        ``outputs`` [members, N] and ``targets`` [N] are standardised; ``held_out`` bool [members, N] marks the members
+        (two or more a row) that never saw a row. Members agree on what they have seen, so only the unseen rows tell
+        how far they may be off.
         """
         unseen = torch.where(held_out, outputs, torch.nan)
         error = (unseen.nanmean(0) - targets).abs()

@@ -2,8 +2,10 @@
 
 A preference gives every sub-layer a utility for each of its levels. The projection picks the levels with the highest
 total utility whose cost is the budget: a Lagrange multiplier found by bisection, then single steps of the best
-marginal utility until no step brings the cost closer. The result is within half a step of the cheapest sub-layer that
-still has room, always; there is no penalty to tune.
+marginal utility until no step brings the cost closer, and at last one exchange of a dear step for cheap ones where the
+cheap sub-layers have no room left. There is no penalty to tune. What is guaranteed for every feasible ratio: the cost
+is within half a step of the cheapest sub-layers of the budget, provided these together span a step of the dearest;
+in any case within half a step of the dearest.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Projector(nn.Module):
         """Levels int64 [B, S] of the policies that remove ``ratio`` [B] of the decoder parameters."""
         utility = utility.masked_fill(~self.allowed, -torch.inf)
         target = (1 - ratio.double()) * self.grid.structure.decoder_parameters
-        return self._repair(self._relaxed(utility, target), utility, target)
+        levels = self._repair(self._relaxed(utility, target), utility, target, self.step_cost > 0)
+        return self._exchange(levels, utility, target)
 
     def cost(self, levels: Tensor) -> Tensor:
         """Kept parameters, fp64 [B], of int64 levels [B, S]."""
@@ -72,21 +75,42 @@ class Projector(nn.Module):
             low, high = torch.where(over, middle, low), torch.where(over, high, middle)
         return (utility - high[:, None, None] * self.relative_cost).argmax(-1)
 
-    def _repair(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
-        """Single steps up or down, each the least loss of utility, while one brings the cost closer to the target."""
+    def _repair(self, levels: Tensor, utility: Tensor, target: Tensor, movable: Tensor) -> Tensor:
+        """Single steps of ``movable`` [S] sub-layers, while one brings the cost closer to the target."""
         for _ in range(sum(self.grid.maximum)):
             gap = target - self.cost(levels)
             step = torch.where(gap >= 0, 1, -1)[:, None]
-            moved = levels + step
             closer = (gap[:, None] - step * self.step_cost).abs() < gap.abs()[:, None]
-            possible = closer & (moved >= self.minimum) & (moved <= self.maximum)
-            if not possible.any():
+            moved = self._best_step(levels, utility, step, closer & movable)
+            if moved is None:
                 break
-            gain = self._at(utility, moved.clamp(self.minimum, self.maximum)) - self._at(utility, levels)
-            gain = (gain / self.step_cost).masked_fill(~possible, -torch.inf)
-            best = gain.argmax(-1, keepdim=True)
-            levels = levels.scatter_add(1, best, step * possible.any(1, keepdim=True))
+            levels = moved
         return levels
+
+    def _exchange(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
+        """Where cheap steps could come closer but have no room: one dear step too far, and back in cheap ones."""
+        cheapest = self.step_cost.min()
+        cheap, gap = self.step_cost == cheapest, target - self.cost(levels)
+        stuck = gap.abs() > cheapest / 2
+        step = torch.where(gap >= 0, 1, -1)[:, None]
+        moved = self._best_step(levels, utility, step, ~cheap & stuck[:, None])
+        if moved is None:
+            return levels
+        moved = self._repair(moved, utility, target, cheap)
+        better = (target - self.cost(moved)).abs() < gap.abs()
+        return torch.where(better[:, None], moved, levels)
+
+    def _best_step(self, levels: Tensor, utility: Tensor, step: Tensor, movable: Tensor) -> Tensor | None:
+        """``levels`` with one ``step`` (±1, [B, 1]) of the best utility for its cost among ``movable`` [B, S]; rows
+        without any stay as they are, and None says that all do."""
+        moved = levels + step
+        possible = movable & (moved >= self.minimum) & (moved <= self.maximum)
+        if not possible.any():
+            return None
+        gain = self._at(utility, moved.clamp(self.minimum, self.maximum)) - self._at(utility, levels)
+        gain = (gain / self.step_cost).masked_fill(~possible, -torch.inf)
+        best = gain.argmax(-1, keepdim=True)
+        return levels.scatter_add(1, best, step * possible.any(1, keepdim=True))
 
     @staticmethod
     def _at(utility: Tensor, levels: Tensor) -> Tensor:

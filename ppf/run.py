@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from . import checkpoint
@@ -40,6 +40,9 @@ from .surgery import materialize
 from .weights import DecoderWeights, LayerRanking
 
 MANIFEST = "run.json"
+_Module = TypeVar("_Module", bound=nn.Module)
+# What every manifest has, with the type of its JSON value.
+_FIELDS = {"model": str, "fingerprint": str, "structure": dict, "settings": dict, "texts": dict, "state": str}
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,11 @@ class Run:
 
     @cached_property
     def predictor(self) -> Predictor:
-        predictor = Predictor(self.grid)
-        predictor.load_state_dict(self._tensors("predictor.safetensors"))
-        return predictor.eval()
+        return self._loaded(Predictor(self.grid), "predictor.safetensors")
 
     @cached_property
     def agent(self) -> Agent:
-        agent = Agent(self.grid)
-        agent.load_state_dict(self._tensors("agent.safetensors"))
-        return agent.eval()
+        return self._loaded(Agent(self.grid), "agent.safetensors")
 
     def policy(self, ratio: float) -> Answer:
         """The agent's policy for any ratio, with the predictor's opinion of it.
@@ -100,7 +99,7 @@ class Run:
         self._require_complete()
         agent, predictor = self.agent, self.predictor  # loading is not the agent's time
         start = time.perf_counter()
-        levels = agent(torch.tensor([ratio]))
+        levels = agent(torch.tensor([float(ratio)]))
         milliseconds = 1000 * (time.perf_counter() - start)
         prediction = predictor(levels)
         policy = self.grid.decode(levels)[0]
@@ -163,12 +162,23 @@ class Run:
             remedy = "Start the same `ppf fit` command again: it goes on where it stopped"
             raise InputError("run", self.path, "its fit is not finished", remedy)
 
+    def _loaded(self, module: _Module, name: str) -> _Module:
+        try:
+            module.load_state_dict(self._tensors(name))
+        except RuntimeError as error:  # tensors of another name or shape
+            raise self._damaged(name, error) from None
+        return module.eval()
+
     def _tensors(self, name: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(self.path / name)
         except (OSError, SafetensorError) as error:
-            remedy = "Start the same `ppf fit` command again, or fit a new run"
-            raise InputError("run", self.path / name, f"cannot be read ({error})", remedy) from None
+            raise self._damaged(name, error) from None
+
+    def _damaged(self, name: str | Path, error: Exception) -> InputError:
+        remedy = "Start the same `ppf fit` command again if it was not finished, or fit a new run"
+        problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
+        return InputError("run", self.path / name, problem, remedy)
 
 
 def layer_file(folder: str, index: int) -> Path:
@@ -180,9 +190,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The contents of ``run.json``. Raises ``InputError`` if ``path`` is no run."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        Settings.from_dict(manifest["settings"])
-        Structure(**manifest["structure"])
-        return manifest | {"state": manifest["state"]}
+        for name, kind in _FIELDS.items():
+            if not isinstance(manifest[name], kind):
+                raise TypeError(name)
+        Grid(Structure(**manifest["structure"]), Settings.from_dict(manifest["settings"]).ffn_multiple)
+        return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "no such folder" if not path.is_dir() else f"no readable {MANIFEST} in it ({type(error).__name__})"
         raise InputError("run", path, reason, "Give a folder that `ppf fit --output` made") from None

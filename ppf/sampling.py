@@ -45,10 +45,14 @@ def random_ratios(count: int, generator: Generator) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def mutate(levels: Tensor, grid: Grid, generator: Generator, swaps: int = 3) -> Tensor:
-    """Neighbours of levels int64 [B, S] at (within half a step) the same cost: 1 to ``swaps`` level swaps each."""
+def mutate(levels: Tensor, grid: Grid, generator: Generator, swaps: int = 3, ratio: float | None = None) -> Tensor:
+    """Neighbours of levels int64 [B, S] at the budget of ``ratio``, or each at its own: 1 to ``swaps`` level swaps.
+
+    Give ``ratio`` when mutants are mutated again: every generation may be half a step off the one before.
+    """
     projector = Projector(grid)
-    ratio = 1 - projector.cost(levels) / grid.structure.decoder_parameters
+    own = 1 - projector.cost(levels) / grid.structure.decoder_parameters
+    budget = own if ratio is None else torch.full_like(own, ratio)
     count = torch.randint(1, swaps + 1, (len(levels), 1), generator=generator)
     noise = torch.rand(levels.shape, generator=generator)
     chosen = noise.argsort(-1).argsort(-1) < 2 * count  # 2·count random sub-layers a row
@@ -57,4 +61,4 @@ def mutate(levels: Tensor, grid: Grid, generator: Generator, swaps: int = 3) -> 
     moved = (levels + chosen * sign * size).clamp(projector.minimum, projector.maximum)
     # A little noise decides which of many equal neighbours pays for what the swaps leave over.
     noise = 1e-4 * torch.rand((*levels.shape, 1), generator=generator)
-    return projector(nearest(moved / projector.maximum, grid) * (1 + noise), ratio)
+    return projector(nearest(moved / projector.maximum, grid) * (1 + noise), budget)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .agent import Agent
 from .collection import measure
+from .errors import InputError
 from .evaluation import Evaluator
 from .experience import Evaluation, Experience
 from .policy import Policy
@@ -27,6 +28,7 @@ from .training import fit_predictor
 SEARCH_ROUND = 1000
 _PARENTS, _OFFSPRING, _GENERATIONS = 8, 512, 4
 _REFIT_STEPS = 150
+_PATIENCE = 200  # rounds of mutation without a new policy
 
 
 class Search:
@@ -43,7 +45,13 @@ class Search:
         self.measured: dict[Policy, float] = {}
 
     def run(self, evaluations: int, progress: Progress = silent) -> tuple[Policy, float]:
-        """The best policy found with ``evaluations`` true evaluations, and its measured log-perplexity."""
+        """The best policy found with ``evaluations`` measured policies, and its measured log-perplexity.
+
+        Policies that the store already holds count too, but take no time. Raises ``InputError`` for fewer than one,
+        and for more than the budget has policies.
+        """
+        if evaluations < 1:
+            raise InputError("search", evaluations, "measures nothing", "Use at least 1 evaluation")
         batch = max(4, min(25, evaluations // 8))
         pool = self._start()
         while len(self.measured) < evaluations:
@@ -69,13 +77,15 @@ class Search:
     def _unmeasured(self, pool: Tensor, count: int) -> list[Policy]:
         """The first ``count`` policies of ``pool`` this search has not measured; neighbours fill up what is missing."""
         chosen: dict[Policy, None] = {}
-        while True:
+        for _ in range(_PATIENCE):
             for policy in self.grid.decode(pool):
                 if policy not in self.measured:
                     chosen.setdefault(policy)
                 if len(chosen) == count:
                     return list(chosen)
-            pool = mutate(pool, self.grid, self.generator)
+            pool = mutate(pool, self.grid, self.generator, ratio=self.ratio)
+        remedy = f"Use at most {len(self.measured) + len(chosen)} evaluations"
+        raise InputError("search", self.ratio, "has no more policies than these at this ratio", remedy)
 
     def _refit(self) -> None:
         rows: Sequence[Evaluation] = self.experience.rows()
@@ -91,7 +101,8 @@ class Search:
         member = int(torch.randint(self.predictor.members, (1,), generator=self.generator))
         for _ in range(_GENERATIONS):
             chosen = torch.randint(len(parents), (_OFFSPRING,), generator=self.generator)
-            pool = torch.cat((parents, mutate(parents[chosen], self.grid, self.generator))).unique(dim=0)
+            mutants = mutate(parents[chosen], self.grid, self.generator, ratio=self.ratio)
+            pool = torch.cat((parents, mutants)).unique(dim=0)
             parents = pool[self._judge(pool, member).argsort()[: 8 * _PARENTS]]
         return parents
 

@@ -1,0 +1,141 @@
+"""Tiny random Llamas, a byte-level tokenizer and texts: what the tests of the pipeline run on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ppf import collection, fitting
+from ppf.experience import Evaluation
+from ppf.grid import Grid
+from ppf.models import build
+from ppf.models.layout import expected_tensors
+from ppf.policy import Policy
+from ppf.structure import Structure
+from ppf.weights import DecoderWeights, LayerRanking
+
+TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
+VOCABULARY = 258  # 256 bytes, begin and end
+
+# kv heads of the model with six query heads: multi-head and grouped-query.
+KV_HEADS = {"mha": 6, "gqa": 3}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small run several times slower when threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama_config(heads: str = "gqa", **changes) -> LlamaConfig:
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": KV_HEADS[heads],
+        "max_position_embeddings": 128,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**(fields | changes))
+
+
+def llama(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A model whose logits are far apart: weights of size 0.2 instead of 0.02, and norms that are not all one.
+
+    Channels have different sizes and share a common part, so that rankings and refits have something to find.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in expected_tensors(config).items():
+        weight = torch.randn(shape, generator=generator) * 0.2
+        if "norm" in name:
+            weight = 1 + weight
+        elif name.endswith(("up_proj.weight", "v_proj.weight")):
+            common = torch.randn((4, shape[1]), generator=generator) * 0.2
+            weight = (weight + torch.randn((shape[0], 4), generator=generator) @ common) * torch.rand(
+                (shape[0], 1), generator=generator
+            )
+        state[name] = weight
+    return build(config, state, dtype)
+
+
+def tokens(batch: int = 3, length: int = 24, seed: int = 1) -> Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_ranking(structure: Structure, seed: int = 0) -> list[LayerRanking]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LayerRanking(
+            torch.randperm(structure.kv_groups, generator=generator),
+            torch.randperm(structure.channels, generator=generator),
+        )
+        for _ in range(structure.layers)
+    ]
+
+
+def dense_weights(heads: str = "gqa", **changes) -> tuple[LlamaForCausalLM, DecoderWeights]:
+    model = llama(llama_config(heads, **changes))
+    return model, DecoderWeights.from_model(model)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def write_checkpoint(path: Path, heads: str = "gqa", seed: int = 0, dtype=torch.float32, **changes) -> Path:
+    """A dense checkpoint with its tokenizer in the folder ``path``."""
+    llama(llama_config(heads, **changes), seed, dtype).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
+    """About five bytes a word."""
+    draw, vocabulary = random.Random(seed), ["the", "river", "ran", "past", "old", "stone", "walls", "at", "dawn"]
+    path.write_text(" ".join(draw.choice(vocabulary) for _ in range(words)))
+    return path
+
+
+def quick_learning(patch: pytest.MonkeyPatch) -> None:
+    """Train predictors and agents of the fit loop for a few steps only: tests of the loop need no good ones."""
+    learn = collection.learn
+    patch.setattr(collection, "learn", lambda *arguments: learn(*arguments, effort=0.05))
+    patch.setattr(fitting, "_FINAL_EFFORT", 0.2)
+
+
+def synthetic_log_perplexity(grid: Grid, levels: Tensor) -> Tensor:
+    """A made-up log-perplexity fp32 [P] of levels [P, S]: damage of every sub-layer, products of neighbours, and growth
+    with the total. Sub-layers differ up to sevenfold in what they lose."""
+    lost = 1 - levels / torch.tensor(grid.maximum)
+    weight = 0.3 + 2 * torch.rand(grid.sublayers, generator=torch.Generator().manual_seed(7))
+    damage = (weight * lost.square()).sum(-1) / grid.sublayers
+    pairs = (lost[:, :-1] * lost[:, 1:]).mean(-1)
+    return 3.5 + damage + 1.5 * pairs + damage * pairs
+
+
+def synthetic_rows(grid: Grid, levels: Tensor) -> list[Evaluation]:
+    values = synthetic_log_perplexity(grid, levels).tolist()
+    policies: Sequence[Policy] = grid.decode(levels)
+    return [Evaluation(p, v, grid.ratio(p), 0, "random", 0.0) for p, v in zip(policies, values, strict=True)]
