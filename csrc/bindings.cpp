@@ -48,7 +48,8 @@ ppf::GatherJob to_job(const Fields& f) {
   return job;
 }
 
-int pack_index(const std::string& name, uintptr_t index, int index_size, int64_t count, int64_t limit, uintptr_t packed) {
+int pack_index(const std::string& name, uintptr_t index, int index_size, int64_t count, int64_t limit,
+               uintptr_t packed) {
   const py::gil_scoped_release unlocked;
   const auto* list = reinterpret_cast<const void*>(index);
   return ppf::pack_index(name.c_str(), list, index_size, count, limit, reinterpret_cast<int32_t*>(packed));
@@ -73,7 +74,7 @@ void gather_cuda(const std::vector<Fields>& all, int device, uintptr_t stream, i
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of PPF. Takes raw addresses: call them through ppf.ops, which checks every argument.";
-  m.def("build_info", &build_info, "What this module was compiled for: version, compiler, simd, cuda (or None), archs.");
+  m.def("build_info", &build_info, "What this module was compiled for: version, compiler, simd, cuda, archs.");
   m.def("pack_index", &pack_index, "Checks an index list and copies it to int32; returns its unit (8, 4, 2 or 1).");
   m.def("gather_cpu", &gather_cpu, "One gather in host memory; checks the index list first.");
 #ifdef PPF_WITH_CUDA

@@ -1,5 +1,5 @@
-// A program of its own for compute-sanitizer: every path of the CUDA gather on exactly sized allocations, against the host.
-//   nvcc -arch=native -std=c++17 -DPPF_WITH_CUDA csrc/check_gather.cu csrc/gather_cuda.cu csrc/index.cpp -o check_gather
+// A program of its own for compute-sanitizer: every path of the CUDA gather on exactly sized memory, against the host.
+//   cd csrc; nvcc -arch=native -std=c++17 -DPPF_WITH_CUDA check_gather.cu gather_cuda.cu index.cpp -o check_gather
 //   for tool in memcheck racecheck initcheck; do compute-sanitizer --tool $tool --error-exitcode 1 ./check_gather; done
 #include <cuda_runtime.h>
 
@@ -66,7 +66,8 @@ struct Case {
     check(cudaMalloc(&out, std::max<size_t>(1, expected.size()) * sizeof(T)));
     int32_t* index = upload(packed);
     memory = {x, out, index};
-    job = {x + shift, out, index, stride, dim == 0 ? columns : count, rows, columns, count, int(sizeof(T)), dim, 4, unit};
+    job = {x + shift, out, index, stride, 0, rows, columns, count, int(sizeof(T)), dim, 4, unit};
+    job.target_stride = dim == 0 ? columns : count;
   }
 
   bool right() const {

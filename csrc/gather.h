@@ -19,9 +19,9 @@ struct GatherJob {
   int unit;          // CUDA, dim 1: what pack_index returned
 };
 
-// Copies an index list to int32 and throws std::out_of_range, naming position, value and limit, if an entry lies outside
-// [0, limit). Returns the largest unit in {8, 4, 2, 1} for which the list consists of whole aligned blocks of `unit`
-// consecutive channels: with unit 8 the columns can be moved in 16-byte pieces.
+// Copies an index list to int32 and throws std::out_of_range, naming position, value and limit, if an entry lies
+// outside [0, limit). Returns the largest unit in {8, 4, 2, 1} for which the list consists of whole aligned blocks of
+// `unit` consecutive channels: with unit 8 the columns can be moved in 16-byte pieces.
 int pack_index(const char* name, const void* index, int index_size, int64_t count, int64_t limit, int32_t* packed);
 
 // Host memory to host memory on up to `threads` threads. The index list is checked before anything is written.
@@ -31,7 +31,7 @@ void gather_cpu(const GatherJob& job, const char* index_name, int threads);
 const char* simd_level();
 
 #ifdef PPF_WITH_CUDA
-// Device memory to device memory on `stream`: all jobs in one launch, two if some need staging, more beyond a few hundred.
+// Device memory to device memory on `stream`: all jobs in one launch, two if some need staging, more beyond hundreds.
 // Index lists are int32 on the device and were checked by pack_index; nothing is allocated or synchronised.
 // `stages` is the depth of the column gather's ring of rows, 2 or 3 (0 = automatic). Throws std::runtime_error.
 void gather_cuda(const std::vector<GatherJob>& jobs, int device, void* stream, int stages);

@@ -1,7 +1,7 @@
 // The channel gather on the host. Two things decide its speed:
 // * large results are written past the caches (streaming stores); ordinary stores would first read the target;
-// * increasing index lists (the usual case for a selection) are turned into bit masks once, and AVX-512 VBMI2 compresses
-//   32 channels at a time by mask; other lists are picked one by one.
+// * increasing index lists (the usual case for a selection) are turned into bit masks once, and AVX-512 VBMI2
+//   compresses 32 channels at a time by mask; other lists are picked one by one.
 #include <algorithm>
 #include <cstring>
 #include <exception>
@@ -50,7 +50,7 @@ void copy_bytes(char* target, const char* source, int64_t bytes, bool stream) {
   std::memcpy(target, source, bytes);
 }
 
-// A fresh result of many megabytes costs more in page faults than in copying: ask for 2 MiB pages before the first write.
+// A fresh result of many megabytes costs more in page faults than in copying: ask for 2 MiB pages before writing.
 void expect_large(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
@@ -153,8 +153,8 @@ PPF_COMPRESS void compress(uint32_t* out, const uint32_t* row, const std::vector
 }
 #endif
 
-// Hardware prefetchers cannot follow scattered picks, so each part of a row is picked while the same part of the row that
-// comes next, `ahead`, is fetched in order.
+// Hardware prefetchers cannot follow scattered picks, so each part of a row is picked while the same part of the row
+// that comes next, `ahead`, is fetched in order.
 template <class Element>
 void pick(Element* out, const Element* row, const char* ahead, int64_t row_bytes, const std::vector<int32_t>& index) {
   constexpr int64_t kPart = 256;

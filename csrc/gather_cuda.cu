@@ -1,11 +1,11 @@
 // The channel gather on the device: any number of tensors in one launch, their descriptors passed by value.
 //
 // Two kernels share the launch code:
-// * `copy_kernel` moves pieces of 16 bytes (less where something is misaligned), a warp per row, eight loads in flight per
-//   lane. It serves row gathers and columns that come in aligned blocks (heads, prefixes), and reads kept bytes only.
-// * `staged_kernel` serves scattered columns. A 2-byte pick costs a 32-byte sector, so at the usual densities whole source
-//   rows are read anyway: they are copied to a ring in shared memory in 16-byte pieces while earlier rows are picked there.
-//   A thread makes the same picks in every row of its tile, so it holds their positions in registers.
+// * `copy_kernel` moves pieces of 16 bytes (less where something is misaligned), a warp per row, eight loads in flight
+//   per lane. It serves row gathers and columns in aligned blocks (heads, prefixes), and reads kept bytes only.
+// * `staged_kernel` serves scattered columns. A 2-byte pick costs a 32-byte sector, so at the usual densities whole
+//   source rows are read anyway: they are copied to a ring in shared memory in 16-byte pieces while earlier rows are
+//   picked there. A thread makes the same picks in every row of its tile, so it holds their positions in registers.
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
@@ -18,7 +18,7 @@
 namespace ppf {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kUnroll = 8;
 // Kernel parameters hold 32,764 bytes from CUDA 12.1 on, 4 KiB before.
@@ -26,7 +26,8 @@ constexpr int kJobs = CUDART_VERSION >= 12010 ? 400 : 48;
 constexpr int kFewJobs = 4;
 constexpr int64_t kTileBytes = 64 << 10;
 constexpr int kStagedThreads = 512;
-constexpr int kStagedTileRows = 32;
+// Few, so that blocks start and end at different times: some load while others pick, to the last row.
+constexpr int kStagedTileRows = 4;
 constexpr int64_t kSector = 32;
 
 struct Job {
@@ -158,7 +159,7 @@ struct Picks {
       if (at >= count) break;
       const unsigned low = stage[columns[slot] & 0xffff], high = stage[columns[slot] >> 16];
       if (pairs && at + 1 < count) {
-        __stcs(reinterpret_cast<unsigned*>(target + at), low | high << 16);
+        *reinterpret_cast<unsigned*>(target + at) = low | high << 16;
       } else {
         target[at] = static_cast<unsigned short>(low);
         if (at + 1 < count) target[at + 1] = static_cast<unsigned short>(high);
@@ -174,7 +175,7 @@ struct Picks {
       if (at >= count) break;
       const uint2 both = make_uint2(stage[columns[slot] & 0xffff], stage[columns[slot] >> 16]);
       if (pairs && at + 1 < count) {
-        __stcs(reinterpret_cast<uint2*>(target + at), both);
+        *reinterpret_cast<uint2*>(target + at) = both;
       } else {
         target[at] = both.x;
         if (at + 1 < count) target[at + 1] = both.y;
@@ -186,8 +187,9 @@ struct Picks {
 template <class Element, int kStages, int kSlots>
 __device__ void staged_tile(const Job& job, int first, int last, char* ring) {
   const int pitch = ring_pitch(job.row_bytes);
+  const char* source = job.source;
   for (int row = first; row < first + kStages - 1; ++row) {
-    if (row < last) load_row<Element>(ring + (row - first) * pitch, job.source + row * job.source_stride, job.row_bytes);
+    if (row < last) load_row<Element>(ring + (row - first) * pitch, source + row * job.source_stride, job.row_bytes);
     __pipeline_commit();
   }
   const Picks<kSlots> picks(job.index, job.pieces);
@@ -196,18 +198,21 @@ __device__ void staged_tile(const Job& job, int first, int last, char* ring) {
     __syncthreads();  // row has arrived for every thread, and the stage refilled below was picked by every thread
     const int next = row + kStages - 1;
     if (next < last) {
-      load_row<Element>(ring + (next - first) % kStages * pitch, job.source + next * job.source_stride, job.row_bytes);
+      load_row<Element>(ring + (next - first) % kStages * pitch, source + next * job.source_stride, job.row_bytes);
     }
     __pipeline_commit();
-    const char* source = job.source + row * job.source_stride;
-    const char* stage = ring + (row - first) % kStages * pitch + line_offset(source);
-    picks.row(reinterpret_cast<Element*>(job.target + row * job.target_stride), reinterpret_cast<const Element*>(stage));
+    const char* stage = ring + (row - first) % kStages * pitch + line_offset(source + row * job.source_stride);
+    Element* target = reinterpret_cast<Element*>(job.target + row * job.target_stride);
+    picks.row(target, reinterpret_cast<const Element*>(stage));
   }
 }
 
 // The fewer positions a thread holds, the more blocks fit a multiprocessor.
+constexpr int staged_blocks(int slots) { return slots <= 8 ? 3 : slots <= 16 ? 2 : 1; }
+
 template <int N, int kStages, int kSlots>
-__global__ void __launch_bounds__(kStagedThreads, kSlots <= 8 ? 3 : kSlots <= 16 ? 2 : 1) staged_kernel(const __grid_constant__ Jobs<N> jobs) {
+__global__ void __launch_bounds__(kStagedThreads, staged_blocks(kSlots))
+    staged_kernel(const __grid_constant__ Jobs<N> jobs) {
   extern __shared__ __align__(16) char ring[];
   const Job& job = find_job(jobs);
   const int first = (static_cast<int>(blockIdx.x) - job.first_tile) * job.tile_rows;
@@ -273,6 +278,7 @@ void add_job(Plan& plan, const GatherJob& job, int64_t shared_limit) {
   out.target_stride = job.target_stride * size;
   out.rows = static_cast<int32_t>(job.dim == 0 ? job.count : job.rows);
   out.dim = static_cast<int8_t>(job.dim);
+  out.tile_rows = kStagedTileRows;
   if (job.dim == 1 && width < 16) {
     out.pieces = static_cast<int32_t>(job.count);
     out.width = static_cast<int16_t>(size);
@@ -310,7 +316,9 @@ void launch_chunks(const std::vector<Job>& all, const Launch& launch) {
 
 template <int N>
 void launch_copies(const std::vector<Job>& jobs, cudaStream_t stream) {
-  launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) { copy_kernel<N><<<tiles, kThreads, 0, stream>>>(chunk); });
+  launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) {
+    copy_kernel<N><<<tiles, kThreads, 0, stream>>>(chunk);
+  });
 }
 
 int most_row_bytes(const std::vector<Job>& jobs) {
@@ -322,7 +330,8 @@ int most_row_bytes(const std::vector<Job>& jobs) {
 template <int N, int kStages, int kSlots>
 class Staged {
  public:
-  Staged(const std::vector<Job>& jobs, int64_t shared_limit) : bytes_(int64_t{kStages} * ring_pitch(most_row_bytes(jobs))) {
+  Staged(const std::vector<Job>& jobs, int64_t shared_limit)
+      : bytes_(int64_t{kStages} * ring_pitch(most_row_bytes(jobs))) {
     if (bytes_ > shared_limit) return;
     check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes_)), "ring");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_, kernel_, kStagedThreads, bytes_), "occupancy");
@@ -331,13 +340,7 @@ class Staged {
   // Rows on their way to a multiprocessor while each of its blocks picks one.
   int rows_in_flight() const { return resident_ * (kStages - 1); }
 
-  void launch(std::vector<Job>& jobs, int multiprocessors, cudaStream_t stream) const {
-    int64_t rows = 0;
-    for (const Job& job : jobs) rows += job.rows;
-    // One wave where the work is small; otherwise enough rows per tile to pay for its reading of the index list.
-    const int64_t slots = std::max(1, resident_) * multiprocessors;
-    const int64_t tile_rows = std::min<int64_t>(kStagedTileRows, (rows + slots - 1) / slots);
-    for (Job& job : jobs) job.tile_rows = static_cast<int32_t>(tile_rows);
+  void launch(const std::vector<Job>& jobs, cudaStream_t stream) const {
     launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) {
       kernel_<<<tiles, kStagedThreads, bytes_, stream>>>(chunk);
     });
@@ -350,22 +353,21 @@ class Staged {
 };
 
 template <int N, int kSlots>
-void launch_staged(std::vector<Job>& jobs, int device, int64_t limit, cudaStream_t stream, int stages) {
-  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+void launch_staged(const std::vector<Job>& jobs, int64_t limit, cudaStream_t stream, int stages) {
   const Staged<N, 2, kSlots> two(jobs, limit);
   const Staged<N, 3, kSlots> three(jobs, limit);
   const bool deep = stages == 3 || (stages == 0 && three.rows_in_flight() >= two.rows_in_flight());
-  deep && three.rows_in_flight() > 0 ? three.launch(jobs, multiprocessors, stream) : two.launch(jobs, multiprocessors, stream);
+  deep && three.rows_in_flight() > 0 ? three.launch(jobs, stream) : two.launch(jobs, stream);
 }
 
 template <int N>
-void launch_staged(std::vector<Job>& jobs, int device, int64_t limit, cudaStream_t stream, int stages) {
+void launch_staged(const std::vector<Job>& jobs, int64_t limit, cudaStream_t stream, int stages) {
   int picks = 0;
   for (const Job& job : jobs) picks = std::max(picks, job.pieces);
   const int slots = (picks + 2 * kStagedThreads - 1) / (2 * kStagedThreads);
-  if (slots <= 8) return launch_staged<N, 8>(jobs, device, limit, stream, stages);
-  if (slots <= 16) return launch_staged<N, 16>(jobs, device, limit, stream, stages);
-  launch_staged<N, kMaxSlots>(jobs, device, limit, stream, stages);
+  if (slots <= 8) return launch_staged<N, 8>(jobs, limit, stream, stages);
+  if (slots <= 16) return launch_staged<N, 16>(jobs, limit, stream, stages);
+  launch_staged<N, kMaxSlots>(jobs, limit, stream, stages);
 }
 
 }  // namespace
@@ -378,12 +380,17 @@ void gather_cuda(const std::vector<GatherJob>& jobs, int device, void* stream_ad
   for (const GatherJob& job : jobs) {
     if (job.rows > 0 && job.columns > 0 && job.count > 0) add_job(plan, job, limit);
   }
-  if (!plan.copies.empty()) {
-    plan.copies.size() <= kFewJobs ? launch_copies<kFewJobs>(plan.copies, stream) : launch_copies<kJobs>(plan.copies, stream);
+  if (plan.copies.size() > kFewJobs) {
+    launch_copies<kJobs>(plan.copies, stream);
+  } else {
+    launch_copies<kFewJobs>(plan.copies, stream);
   }
   if (plan.staged.empty()) return;
-  plan.staged.size() <= kFewJobs ? launch_staged<kFewJobs>(plan.staged, device, limit, stream, stages)
-                                 : launch_staged<kJobs>(plan.staged, device, limit, stream, stages);
+  if (plan.staged.size() > kFewJobs) {
+    launch_staged<kJobs>(plan.staged, limit, stream, stages);
+  } else {
+    launch_staged<kFewJobs>(plan.staged, limit, stream, stages);
+  }
 }
 
 const char* cuda_problem(int device) {

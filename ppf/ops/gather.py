@@ -46,7 +46,7 @@ def gather_rows(x: Tensor, index: Tensor | Index) -> Tensor:
 
     Raises ``InputError`` for a wrong dtype, device or rank, ``IndexError`` for an entry outside [0, R).
     """
-    return torch.ops.ppf.gather_rows(x, _resolve("index", index, x, 0))
+    return torch.ops.ppf.gather_rows(x, _resolve(index, x, 0)[0])
 
 
 def gather_columns(x: Tensor, index: Tensor | Index) -> Tensor:
@@ -54,8 +54,7 @@ def gather_columns(x: Tensor, index: Tensor | Index) -> Tensor:
 
     Raises ``InputError`` for a wrong dtype, device or rank, ``IndexError`` for an entry outside [0, C).
     """
-    unit = index.unit if isinstance(index, Index) else 1
-    return torch.ops.ppf.gather_columns(x, _resolve("index", index, x, 1), unit)
+    return torch.ops.ppf.gather_columns(x, *_resolve(index, x, 1))
 
 
 def gather_many(jobs: Sequence[tuple[Tensor, Tensor | Index, int]]) -> list[Tensor]:
@@ -63,18 +62,19 @@ def gather_many(jobs: Sequence[tuple[Tensor, Tensor | Index, int]]) -> list[Tens
 
     Raises what :func:`gather_rows` raises, naming the job; nothing is launched unless all jobs are sound.
     """
-    xs, lists, dims, units = [], [], [], []
-    for i, (x, index, dim) in enumerate(jobs):
-        xs.append(x)
-        dims.append(_check_dim(i, dim))
-        lists.append(_resolve(f"jobs[{i}].index", index, x, dim))
-        units.append(index.unit if isinstance(index, Index) else 1)
-    if not xs:
+    if not jobs:
         return []
-    return torch.ops.ppf.gather_many(xs, lists, dims, units)
+    dims = [_check_dim(job, dim) for job, (_, _, dim) in enumerate(jobs)]
+    resolved = [_resolve(index, x, dim, job) for job, (x, index, dim) in enumerate(jobs)]
+    lists, units = zip(*resolved, strict=True)
+    return torch.ops.ppf.gather_many([x for x, _, _ in jobs], list(lists), dims, list(units))
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _name(argument: str, job: int | None) -> str:
+    return argument if job is None else f"jobs[{job}].{argument}"
 
 
 def _check_dim(job: int, dim: int) -> int:
@@ -83,32 +83,36 @@ def _check_dim(job: int, dim: int) -> int:
     return dim
 
 
-def _check_x(name: str, x: Any) -> None:
+def _check_x(x: Any, job: int | None) -> None:
+    if isinstance(x, Tensor) and x.dtype in DTYPES and x.dim() == 2 and x.shape[0] < 2**31 and x.shape[1] < 2**31:
+        return
+    name = _name("x", job)
     if not isinstance(x, Tensor):
         raise InputError(name, type(x).__name__, "is not a tensor", "Pass a 2-D tensor")
     if x.dtype not in DTYPES:
         raise InputError(name, x.dtype, "cannot be gathered", "Use float16, bfloat16 or float32")
     if x.dim() != 2:
         raise InputError(name, list(x.shape), f"has {x.dim()} dimensions, 2 expected", "Reshape it to a matrix")
-    if x.shape[0] >= 2**31 or x.shape[1] >= 2**31:
-        raise InputError(name, list(x.shape), "has 2^31 or more rows or columns", "Gather it in parts")
+    raise InputError(name, list(x.shape), "has 2^31 or more rows or columns", "Gather it in parts")
 
 
-def _resolve(name: str, index: Tensor | Index, x: Tensor, dim: int) -> Tensor:
-    """The list the op is called with: a host tensor (checked there), or a checked int32 list on the device of ``x``."""
+def _resolve(index: Tensor | Index, x: Tensor, dim: int, job: int | None = None) -> tuple[Tensor, int]:
+    """The list the op is called with, and its unit: a host tensor, checked there, or what ``Index.on`` returns."""
+    _check_x(x, job)
     if isinstance(index, Index):
-        _check_x("x", x)
         if index.limit != x.shape[dim]:
             what = f"was checked against {index.limit}, but dimension {dim} of x has size {x.shape[dim]}"
-            raise InputError(name, f"Index of {len(index)}", what, f"Build it with limit {x.shape[dim]}")
-        return index.on(x.device)
-    if not isinstance(x, Tensor):
-        raise InputError("x", type(x).__name__, "is not a tensor", "Pass a 2-D tensor")
-    check_index(name, index)
+            remedy = f"Build it with limit {x.shape[dim]}"
+            raise InputError(_name("index", job), f"Index of {len(index)}", what, remedy)
+        return index.on(x.device), index.unit
+    check_index(_name("index", job), index)
     if index.is_cuda:
-        remedy = "Pass it on the CPU, or wrap it in ppf.ops.index.Index (one synchronisation)"
-        raise InputError(name, f"tensor on {index.device}", "cannot be checked without waiting for the GPU", remedy)
-    return index
+        value, remedy = (
+            f"tensor on {index.device}",
+            "Pass it on the CPU, or wrap it in ppf.ops.index.Index (it waits once)",
+        )
+        raise InputError(_name("index", job), value, "cannot be checked without waiting for the GPU", remedy)
+    return index, 1
 
 
 # ---------------------------------------------------------------------------------------------------- implementations
@@ -129,8 +133,9 @@ def _fields(x: Tensor, out: Tensor, index: int, index_size: int, count: int, dim
     return (*addresses, *strides, x.shape[0], x.shape[1], count, x.element_size(), dim, index_size, unit)
 
 
-def _gather_cpu(name: str, x: Tensor, index: Tensor, dim: int) -> Tensor:
-    _check_x("x", x)
+def _gather_cpu(x: Tensor, index: Tensor, dim: int, job: int | None = None) -> Tensor:
+    name = _name("index", job)
+    _check_x(x, job)
     check_index(name, index)
     if index.device.type != "cpu":
         raise InputError(name, f"tensor on {index.device}", "x is on the CPU", "Move the index list to the CPU")
@@ -153,48 +158,51 @@ def _cuda_ready(device: int) -> bool:
     return not problem
 
 
-def _on_device(device: torch.device, lists: list[tuple[str, Tensor, int]]) -> tuple[list[Tensor], list[int]]:
-    """Checks host lists and sends them in one asynchronous copy; lists already on the device come back as they are."""
-    host = [item for item in lists if not item[1].is_cuda]
-    if host and torch.cuda.is_current_stream_capturing():
+def _send(lists: list[tuple[str, Tensor, int]], device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """Checks (name, host list, limit) triples and sends the lists in one asynchronous copy; also their units."""
+    if torch.cuda.is_current_stream_capturing():
         remedy = "Wrap it in ppf.ops.index.Index before the capture"
-        raise InputError(host[0][0], "tensor on cpu", "cannot be sent while a CUDA graph is captured", remedy)
-    packed, units = pack(host, pinned=True) if host else (torch.empty(0, dtype=torch.int32), [])
-    parts = iter(packed.to(device, non_blocking=True).split([item[1].numel() for item in host]))
-    found = iter(units)
-    sent, all_units = [], []
-    for name, values, _ in lists:
-        if not values.is_cuda:
-            sent.append(next(parts))
-            all_units.append(next(found))
-            continue
-        if values.device != device or values.dtype != torch.int32 or not values.is_contiguous():
-            found_list = f"{values.dtype} on {values.device}"
-            raise InputError(name, found_list, f"an int32 list on {device} expected", "Use ppf.ops.index.Index")
-        sent.append(values)
-        all_units.append(0)
-    return sent, all_units
+        raise InputError(lists[0][0], "tensor on cpu", "cannot be sent while a CUDA graph is captured", remedy)
+    packed, units = pack(lists, pinned=True)
+    return list(packed.to(device, non_blocking=True).split([values.numel() for _, values, _ in lists])), units
+
+
+def _on_device(
+    xs: list[Tensor], lists: list[Tensor], dims: list[int], units: list[int], many: bool
+) -> tuple[list[Tensor], list[int]]:
+    """The lists as int32 on the device of ``xs``: host lists are checked and sent, device lists taken as they are."""
+    device = xs[0].device
+    lists, units, host = list(lists), list(units), []
+    for i, index in enumerate(lists):
+        if not index.is_cuda:
+            check_index(_name("index", i if many else None), index)
+            host.append(i)
+        elif index.dtype != torch.int32 or index.dim() != 1 or index.device != device or not index.is_contiguous():
+            value, what = f"{index.dtype} on {index.device}", f"a 1-D int32 list on {device} expected"
+            raise InputError(_name("index", i if many else None), value, what, "Use ppf.ops.index.Index")
+    if host:
+        triples = [(_name("index", i if many else None), lists[i], xs[i].shape[dims[i]]) for i in host]
+        for i, values, unit in zip(host, *_send(triples, device), strict=True):
+            lists[i], units[i] = values, unit
+    return lists, units
 
 
 def _gather_cuda(
-    names: list[str], xs: list[Tensor], lists: list[Tensor], dims: list[int], units: list[int]
+    xs: list[Tensor], lists: list[Tensor], dims: list[int], units: list[int], many: bool = False
 ) -> list[Tensor]:
     device = xs[0].device
-    for name, x, index in zip(names, xs, lists, strict=True):
-        _check_x("x", x)
-        check_index(name, index)
+    for i, x in enumerate(xs):
+        _check_x(x, i if many else None)
         if x.device != device:
-            raise InputError("x", x.device, f"another job is on {device}", "Make one call per device")
-    triples = [(name, index, x.shape[dim]) for name, x, index, dim in zip(names, xs, lists, dims, strict=True)]
-    sent, found = _on_device(device, triples)
+            raise InputError(f"jobs[{i}].x", x.device, f"another job is on {device}", "Make one call per device")
+    lists, units = _on_device(xs, lists, dims, units, many)
     if not _cuda_ready(device.index):
-        return [x.index_select(dim, index) for x, index, dim in zip(xs, sent, dims, strict=True)]
+        return [x.index_select(dim, index) for x, index, dim in zip(xs, lists, dims, strict=True)]
     outs, stream = [], torch.cuda.current_stream(device).cuda_stream
     at, size = 0, FIRST_LAUNCH
     while at < len(xs):
         part = slice(at, at + size)
-        kept = [unit or given for unit, given in zip(found[part], units[part], strict=True)]
-        outs += _launch(xs[part], sent[part], dims[part], kept, device.index, stream)
+        outs += _launch(xs[part], lists[part], dims[part], units[part], device.index, stream)
         at, size = at + size, 2 * size
     return outs
 
@@ -214,32 +222,34 @@ def _launch(
 
 
 def _rows_cpu(x: Tensor, index: Tensor) -> Tensor:
-    return _gather_cpu("index", x, index, 0)
+    return _gather_cpu(x, index, 0)
 
 
 def _rows_cuda(x: Tensor, index: Tensor) -> Tensor:
-    return _gather_cuda(["index"], [x], [index], [0], [1])[0]
+    return _gather_cuda([x], [index], [0], [1])[0]
 
 
 def _columns_cpu(x: Tensor, index: Tensor, unit: int = 1) -> Tensor:
-    return _gather_cpu("index", x, index, 1)
+    return _gather_cpu(x, index, 1)
 
 
 def _columns_cuda(x: Tensor, index: Tensor, unit: int = 1) -> Tensor:
-    return _gather_cuda(["index"], [x], [index], [1], [unit])[0]
+    return _gather_cuda([x], [index], [1], [unit])[0]
 
 
 def _many_cpu(xs: list[Tensor], indices: list[Tensor], dims: list[int], units: list[int]) -> list[Tensor]:
-    for i, (x, index, dim) in enumerate(zip(xs, indices, dims, strict=True)):
-        _check_x(f"jobs[{i}].x", x)
-        pack([(f"jobs[{i}].index", index, x.shape[_check_dim(i, dim)])])
-    jobs = enumerate(zip(xs, indices, dims, strict=True))
-    return [_gather_cpu(f"jobs[{i}].index", x, index, dim) for i, (x, index, dim) in jobs]
+    jobs = list(enumerate(zip(xs, indices, dims, strict=True)))
+    for i, (x, index, dim) in jobs:  # all of them before the first is moved
+        _check_x(x, i)
+        check_index(_name("index", i), index)
+        pack([(_name("index", i), index, x.shape[_check_dim(i, dim)])])
+    return [_gather_cpu(x, index, dim, i) for i, (x, index, dim) in jobs]
 
 
 def _many_cuda(xs: list[Tensor], indices: list[Tensor], dims: list[int], units: list[int]) -> list[Tensor]:
-    names = [f"jobs[{i}].index" for i in range(len(xs))]
-    return _gather_cuda(names, xs, indices, dims, units)
+    for i, dim in enumerate(dims):
+        _check_dim(i, dim)
+    return _gather_cuda(xs, indices, dims, units, many=True)
 
 
 def _rows_fake(x: Tensor, index: Tensor) -> Tensor:
