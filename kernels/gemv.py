@@ -18,19 +18,17 @@ from torch import Tensor
 
 from .tile import multiprocessors, precision, row_major, silu_mul
 
-PREFIX, BLOCKS, INDICES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# IN_KIND and the kinds of ppf.ops.selection: 0 prefix, 1 blocks of 64, 2 indices.
 MAX_TOKENS = 16
 
 
 @triton.jit
-def _weight_columns(in_entries, k, depth, IN_KIND: tl.constexpr, EVEN: tl.constexpr):
-    """Weight columns of the contraction positions ``k`` [BK]."""
+def _entries(in_entries, k, depth, IN_KIND: tl.constexpr):
+    """List entries (blocks or columns) of the contraction positions ``k`` [BK]; past the end, the last position's."""
+    k = tl.minimum(k, depth - 1)
     if IN_KIND == 1:
-        block = tl.load(in_entries + k // 64, mask=k < depth, other=0)
-        return tl.max_contiguous(tl.multiple_of(block * 64 + k % 64, 64), 64)
-    if IN_KIND == 2:
-        return tl.load(in_entries + k, mask=k < depth, other=0)
-    return k
+        k = k // 64
+    return tl.load(in_entries + k)
 
 
 @triton.jit
@@ -43,12 +41,20 @@ def _contract_rows(
     row0 = w0 + rows[:, None].to(tl.int64) * stride_w0
     row1 = w1 + rows[:, None].to(tl.int64) * stride_w1
     token = tl.arange(0, T)
+    lane = tl.arange(0, BK)
     acc0 = tl.zeros([BN, BK], tl.float32) if T == 1 else tl.zeros([BN, T], tl.float32)
     acc1 = acc0
+    # Columns that are looked up are looked up one step ahead, or every step would wait for them.
+    following = _entries(in_entries, lane, depth, IN_KIND) if IN_KIND != 0 else lane
     for start in tl.range(0, depth, BK, num_stages=STAGES):
-        k = start + tl.arange(0, BK)
-        column = _weight_columns(in_entries, k, depth, IN_KIND, EVEN)
+        k = start + lane
         inside = k < depth
+        column = k
+        if IN_KIND != 0:
+            column = following
+            if IN_KIND == 1:
+                column = tl.max_contiguous(tl.multiple_of(following * 64 + k % 64, 64), 64)
+            following = _entries(in_entries, k + BK, depth, IN_KIND)
         if EVEN:
             tile0 = tl.load(row0 + column[None, :])
         else:
@@ -64,9 +70,8 @@ def _contract_rows(
             if PAIR:
                 acc1 += tile1.to(tl.float32) * one
         else:
-            many = tl.load(
-                x + token[None, :] * stride_x + k[:, None], mask=(token < tokens)[None, :] & inside[:, None], other=0.0
-            )
+            wanted = (token < tokens)[None, :] & inside[:, None]
+            many = tl.load(x + token[None, :] * stride_x + k[:, None], mask=wanted, other=0.0)
             acc0 = tl.dot(tile0, many, acc0, input_precision=PRECISION)
             if PAIR:
                 acc1 = tl.dot(tile1, many, acc1, input_precision=PRECISION)
@@ -84,7 +89,9 @@ def _segment(
 ):  # fmt: skip
     """Outputs [tile·BN, tile·BN+BN) of one weight (or, PAIR, of silu(gate)·up), stored to y [tokens, width]."""
     n = tile * BN + tl.arange(0, BN)
-    rows = tl.load(index + n, mask=n < width, other=0) if INDEXED else tl.minimum(n, width - 1)
+    rows = tl.minimum(n, width - 1)
+    if INDEXED:
+        rows = tl.load(index + rows)
     acc0, acc1 = _contract_rows(
         x, w0, w1, rows, in_entries, tokens, depth, stride_x, stride_w0, stride_w1,
         PAIR, IN_KIND, EVEN, PRECISION, T, BN, BK, STAGES,
@@ -98,10 +105,14 @@ def _segment(
 
 @triton.jit
 def rows_kernel(
-    x, w0, w1, index, in_entries, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
+    x, w0, w1, index, in_entries, y, counters, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
     INDEXED: tl.constexpr, PAIR: tl.constexpr, IN_KIND: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ZEROED: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One tile a program. ZEROED (a power of two) counters are set to zero for the kernel that follows."""
+    if ZEROED > 0:  # noqa: SIM102 (the outer one is decided by the compiler)
+        if tl.program_id(0) == 0:
+            tl.store(counters + tl.arange(0, ZEROED), tl.zeros([ZEROED], tl.int32))
     _segment(
         x, w0, w1, index, in_entries, y, tl.program_id(0), width, tokens, depth, stride_x, stride_w0, stride_w1,
         stride_y, INDEXED, PAIR, IN_KIND, EVEN, PRECISION, T, BN, BK, STAGES,
@@ -137,42 +148,69 @@ def qkv_kernel(
 
 @triton.jit
 def columns_kernel(
-    x, w, index, partial, tokens, depth, columns, chunk, stride_x, stride_w,
-    INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+    x, w, index, partial, y, counters, tokens, depth, columns, chunk, stride_x, stride_w,
+    INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, LAST_ADDS: tl.constexpr, SPLITS: tl.constexpr,
     T: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [splits, tokens, columns] of x [tokens, depth] @ w[index], split s taking ``chunk`` kept rows."""
+    """Partial sums [splits, tokens, columns] of x [tokens, depth] @ w[index], split s taking ``chunk`` kept rows.
+
+    LAST_ADDS: of the programs that share columns, the one that finishes last adds their partial sums, in the order of
+    the splits whoever is last, so that the bits do not depend on timing. ``counters`` holds a zero per column tile.
+    """
     split = tl.program_id(1)
     column = tl.program_id(0) * BH + tl.arange(0, BH)
     token = tl.arange(0, T)
+    lane = tl.arange(0, BC)
     first = split * chunk
     last = tl.minimum(first + chunk, depth)
     acc = tl.zeros([BC, BH], tl.float32) if T == 1 else tl.zeros([T, BH], tl.float32)
+    # The row numbers of the next step are read one step ahead, or every step would wait for them.
+    following = tl.load(index + tl.minimum(first + lane, last - 1)) if INDEXED else lane
     for start in tl.range(first, last, BC, num_stages=STAGES):
-        unit = start + tl.arange(0, BC)
+        unit = start + lane
         inside = unit < last
-        row = unit
         if INDEXED:
-            row = tl.load(index + unit, mask=inside, other=0)
-        tile = tl.load(
-            w + row[:, None].to(tl.int64) * stride_w + column[None, :],
-            mask=inside[:, None] & (column < columns)[None, :],
-            other=0.0,
-        )
+            row = following
+            following = tl.load(index + tl.minimum(unit + BC, last - 1))
+        else:
+            row = tl.minimum(unit, last - 1)
+        at = w + row[:, None].to(tl.int64) * stride_w + column[None, :]
+        tile = tl.load(at) if EVEN else tl.load(at, mask=(column < columns)[None, :], other=0.0)
         if T == 1:
             one = tl.load(x + unit, mask=inside, other=0.0).to(tl.float32)[:, None]
             acc += tile.to(tl.float32) * one
         else:
-            many = tl.load(
-                x + token[:, None] * stride_x + unit[None, :],
-                mask=(token < tokens)[:, None] & inside[None, :],
-                other=0.0,
-            )
+            wanted = (token < tokens)[:, None] & inside[None, :]
+            many = tl.load(x + token[:, None] * stride_x + unit[None, :], mask=wanted, other=0.0)
             acc = tl.dot(many, tile, acc, input_precision=PRECISION)
     if T == 1:
         acc = tl.sum(acc, 0)[None, :]
     at = (split * tokens + token)[:, None] * columns + column[None, :]
-    tl.store(partial + at, acc, mask=(token < tokens)[:, None] & (column < columns)[None, :])
+    wanted = (token < tokens)[:, None] & (column < columns)[None, :]
+    tl.store(partial + at, acc, mask=wanted)
+    if LAST_ADDS:
+        tl.debug_barrier()  # all of this program's sums are stored before it reports
+        if tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            at = token[:, None] * columns + column[None, :]
+            total = tl.zeros([T, BH], tl.float32)
+            for s in tl.static_range(SPLITS):
+                total += tl.load(partial + s * tokens * columns + at, mask=wanted, other=0.0, cache_modifier=".cg")
+            tl.store(y + at, total.to(y.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def expand_kernel(x, index, y, depth, total, stride_x, stride_y, BLOCK: tl.constexpr):
+    """One token: y [total] = 0, then y[index[i]] = x[i]. The indices must differ."""
+    token = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, total, BLOCK):
+        at = start + lane
+        tl.store(y + token * stride_y + at, tl.zeros([BLOCK], y.dtype.element_ty), mask=at < total)
+    tl.debug_barrier()
+    for start in range(0, depth, BLOCK):
+        at = start + lane
+        column = tl.load(index + at, mask=at < depth, other=0)
+        tl.store(y + token * stride_y + column, tl.load(x + token * stride_x + at, mask=at < depth), mask=at < depth)
 
 
 @triton.jit
@@ -185,33 +223,47 @@ def reduce_kernel(partial, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size)
 
 
-def _rows_config(tokens: int, width: int, pair: bool) -> dict[str, int]:
+def _rows_config(tokens: int, width: int, depth: int, pair: bool) -> dict[str, int]:
     """Tile of one program: enough programs that every multiprocessor holds some, enough bytes in flight in each."""
     if tokens == 1:
-        return {"T": 1, "BN": 8, "BK": 512, "STAGES": 1, "num_warps": 4}
-    return {"T": 16, "BN": 32 if pair or width >= 4096 else 16, "BK": 128, "STAGES": 4, "num_warps": 4}
+        if pair or depth % 256 == 0:
+            return {"T": 1, "BN": 16, "BK": 256, "STAGES": 4, "num_warps": 4}
+        return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4}
+    if pair:
+        return {"T": 16, "BN": 32, "BK": 256, "STAGES": 3, "num_warps": 4}
+    return {"T": 16, "BN": 32, "BK": 128, "STAGES": 6, "num_warps": 4}
 
 
 def rows(
     x: Tensor, weights: tuple[Tensor, ...], index: Tensor | None, width: int,
     in_kind: int = 0, in_entries: Tensor | None = None, config: dict[str, int] | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [t, K] times kept rows of one weight; of two weights (gate, up): silu(gate)·up. Returns [t, width].
 
     ``index``: int32 [width] rows, None for the prefix. ``in_kind``/``in_entries``: which weight columns the K columns
-    of x stand for. 1 <= t <= 16, width >= 1, K >= 1.
+    of x stand for. ``counters``: int32, zeroed on the way for :func:`columns`. 1 <= t <= 16, width >= 1, K >= 1.
     """
     x = row_major(x)
     tokens, depth = x.shape
     y = x.new_empty(tokens, width)
-    c = dict(config or _rows_config(tokens, width, len(weights) == 2))
+    c = dict(config or _rows_config(tokens, width, depth, len(weights) == 2))
     w0, w1 = weights[0], weights[-1]
     rows_kernel[triton.cdiv(width, c["BN"]),](
         x, w0, w1, index if index is not None else x, in_entries if in_entries is not None else x, y,
+        counters if counters is not None else x,
         width, tokens, depth, x.stride(0), w0.stride(0), w1.stride(0), width,
         INDEXED=index is not None, PAIR=len(weights) == 2, IN_KIND=in_kind, EVEN=depth % c["BK"] == 0,
-        PRECISION=precision(x.dtype), **c,
+        PRECISION=precision(x.dtype), ZEROED=0 if counters is None else counters.numel(), **c,
     )  # fmt: skip
+    return y
+
+
+def expand(x: Tensor, index: Tensor, total: int) -> Tensor:
+    """x [t, K] put back in place: [t, total] with x at the columns ``index`` (int32 [K], all different), else zero."""
+    x = row_major(x)
+    y = x.new_empty(x.shape[0], total)
+    expand_kernel[x.shape[0],](x, index, y, x.shape[1], total, x.stride(0), total, BLOCK=2048, num_warps=8)
     return y
 
 
@@ -223,7 +275,7 @@ def qkv(
     x = row_major(x)
     tokens, depth = x.shape
     y = x.new_empty(tokens, q_width), x.new_empty(tokens, kv_width), x.new_empty(tokens, kv_width)
-    c = dict(config or _rows_config(tokens, q_width + 2 * kv_width, False))
+    c = dict(config or _rows_config(tokens, q_width + 2 * kv_width, depth, False))
     tiles = triton.cdiv(q_width, c["BN"]) + 2 * triton.cdiv(kv_width, c["BN"])
     indexed = q_index is not None
     qkv_kernel[tiles,](
@@ -235,15 +287,21 @@ def qkv(
 
 
 def _columns_config(tokens: int) -> dict[str, int]:
-    if tokens == 1:
-        return {"T": 1, "BC": 16, "BH": 256, "STAGES": 1, "num_warps": 4, "WAVES": 4}
-    return {"T": 16, "BC": 64, "BH": 128, "STAGES": 4, "num_warps": 4, "WAVES": 3}
+    return {"T": 16, "BC": 128, "BH": 64, "STAGES": 4, "num_warps": 4, "WAVES": 3}
 
 
-def columns(x: Tensor, weight: Tensor, index: Tensor | None, config: dict[str, int] | None = None) -> Tensor:
+def counters_for(outputs: int, device: torch.device) -> Tensor:
+    """Uninitialised counters of one :func:`columns` call, to be zeroed by the :func:`rows` call before it."""
+    return torch.empty(triton.next_power_of_2(triton.cdiv(outputs, 64)), dtype=torch.int32, device=device)
+
+
+def columns(
+    x: Tensor, weight: Tensor, index: Tensor | None, config: dict[str, int] | None = None,
+    counters: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x [t, K] times kept rows of the transposed weight [units, columns]: [t, columns]. 1 <= t <= 16, K >= 1.
 
-    ``index``: int32 [K] rows, None for the prefix.
+    ``index``: int32 [K] rows, None for the prefix. ``counters``: zeros, one per 64 columns; spares the second launch.
     """
     x = row_major(x)
     tokens, depth = x.shape
@@ -254,10 +312,12 @@ def columns(x: Tensor, weight: Tensor, index: Tensor | None, config: dict[str, i
     chunk = triton.cdiv(triton.cdiv(depth, splits), c["BC"]) * c["BC"]
     splits = triton.cdiv(depth, chunk)
     partial = x.new_empty(splits, tokens, width, dtype=torch.float32)
-    columns_kernel[tiles, splits](
-        x, weight, index if index is not None else x, partial, tokens, depth, width, chunk, x.stride(0),
-        weight.stride(0), INDEXED=index is not None, PRECISION=precision(x.dtype), **c,
-    )  # fmt: skip
     y = x.new_empty(tokens, width)
-    reduce_kernel[triton.cdiv(y.numel(), 256),](partial, y, y.numel(), SPLITS=splits, BLOCK=256, num_warps=2)
+    columns_kernel[tiles, splits](
+        x, weight, index if index is not None else x, partial, y, counters if counters is not None else x,
+        tokens, depth, width, chunk, x.stride(0), weight.stride(0), INDEXED=index is not None,
+        EVEN=width % c["BH"] == 0, PRECISION=precision(x.dtype), LAST_ADDS=counters is not None, SPLITS=splits, **c,
+    )  # fmt: skip
+    if counters is None:
+        reduce_kernel[triton.cdiv(y.numel(), 256),](partial, y, y.numel(), SPLITS=splits, BLOCK=256, num_warps=2)
     return y

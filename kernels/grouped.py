@@ -29,11 +29,10 @@ def _group(tile, starts, GROUPS: tl.constexpr):
 def gate_up_kernel(
     x_tiles, gate_tiles, up_tiles, starts, widths, h, tiles, tokens, depth, stride_h_group, stride_h,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """silu·mul of every group's prefix, zero from there to the next multiple of 64 (the down kernel's step)."""
     tiles_m = tl.cdiv(tokens, BM)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         group = _group(tile, starts, GROUPS)
         local = tile - tl.load(starts + group)
         width = tl.load(widths + group)
@@ -58,11 +57,11 @@ def gate_up_kernel(
 def outputs_kernel(
     x_tiles, w_tiles, starts, widths, y, tiles, tokens, depth, stride_y_group, stride_y,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STACKED: tl.constexpr, FLATTEN: tl.constexpr, rows_per_group,
+    STACKED: tl.constexpr, rows_per_group,
 ):  # fmt: skip
     """Outputs [0, widths[group]) of every group."""
     tiles_m = tl.cdiv(tokens, BM)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         group = _group(tile, starts, GROUPS)
         local = tile - tl.load(starts + group)
         width = tl.load(widths + group)
@@ -84,14 +83,14 @@ def outputs_kernel(
 
 @triton.jit
 def inputs_kernel(
-    x_tiles, w_tiles, pointers, order, widths, y, tiles, tokens, outputs, stride_w, stride_y_group, stride_y,
+    x_tiles, w_tiles, w, offsets, order, widths, y, tiles, tokens, outputs, stride_w, stride_y_group, stride_y,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STACKED: tl.constexpr, POINTERS: tl.constexpr, FLATTEN: tl.constexpr,
+    STACKED: tl.constexpr, POINTERS: tl.constexpr,
 ):  # fmt: skip
     """All outputs of every group, contracting over its first widths[group] columns; the widest groups go first."""
     tiles_m = tl.cdiv(tokens, BM)
     tiles_n = tl.cdiv(outputs, BN)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         group = tl.load(order + tile // (tiles_m * tiles_n))
         local = tile % (tiles_m * tiles_n)
         width = tl.load(widths + group)
@@ -104,8 +103,8 @@ def inputs_kernel(
         if STACKED:
             row += group * outputs
         if POINTERS:
-            w = tl.multiple_of(tl.load(pointers + group), 16).to(tl.pointer_type(y.dtype.element_ty))
-            w_rows = w + tl.minimum(n, outputs - 1)[:, None].to(tl.int64) * stride_w + k[None, :]
+            first = w + tl.multiple_of(tl.load(offsets + group), 8)
+            w_rows = first + tl.minimum(n, outputs - 1)[:, None].to(tl.int64) * stride_w + k[None, :]
         acc = tl.zeros([BM, BN], tl.float32)
         for start in range(0, width // BK * BK, BK):
             a = x_tiles.load([group * tokens + tile_m * BM, start])
@@ -142,19 +141,19 @@ def _starts(widths: tuple[int, ...], tokens: int, c: dict[str, int]) -> tuple[tu
     return tuple(starts + [2**31 - 1] * padding), total
 
 
-def grid(c: dict[str, int], tiles: int, device: torch.device) -> tuple[int]:
+def grid(tiles: int, device: torch.device) -> tuple[int]:
     """Persistent: as many programs as multiprocessors, or tiles if there are fewer."""
-    return (min(tiles, c["PROGRAMS"] * multiprocessors(device)),)
+    return (min(tiles, multiprocessors(device)),)
 
 
 def pair_config() -> dict[str, int]:
     """Tile of the gate-and-up kernel."""
-    return {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": True, "PROGRAMS": 1, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 
-def single_config() -> dict[str, int]:
-    """Tile of the one-weight kernels."""
-    return {"BM": 128, "BN": 256, "BK": 64, "FLATTEN": True, "PROGRAMS": 1, "num_warps": 8, "num_stages": 3}
+def single_config(shared: bool = True) -> dict[str, int]:
+    """Tile of the one-weight kernels; pointers of per-policy weights leave no room for a fourth step."""
+    return {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4 if shared else 3}
 
 
 def gate_up(
@@ -165,8 +164,7 @@ def gate_up(
     c = dict(config or pair_config())
     h = x.new_empty(groups, tokens, (max(widths) + 63) // 64 * 64)
     starts, tiles = _starts(widths, tokens, c)
-    programs = grid(c, tiles, x.device)
-    del c["PROGRAMS"]
+    programs = grid(tiles, x.device)
     gate_up_kernel[programs](
         descriptor(x.view(-1, depth), [c["BM"], c["BK"]]), descriptor(gate, [c["BN"], c["BK"]]),
         descriptor(up, [c["BN"], c["BK"]]), _int_table(starts, torch.int32, x.device),
@@ -182,8 +180,7 @@ def outputs(x: Tensor, weight: Tensor, widths: tuple[int, ...], config: dict[str
     c = dict(config or single_config())
     y = x.new_zeros(groups, tokens, max(widths))
     starts, tiles = _starts(widths, tokens, c)
-    programs = grid(c, tiles, x.device)
-    del c["PROGRAMS"]
+    programs = grid(tiles, x.device)
     outputs_kernel[programs](
         descriptor(x.view(-1, depth), [c["BM"], c["BK"]]), descriptor(weight.view(-1, depth), [c["BN"], c["BK"]]),
         _int_table(starts, torch.int32, x.device), _int_table(widths, torch.int32, x.device), y, tiles, tokens, depth,
@@ -199,18 +196,19 @@ def inputs(x: Tensor, weights: list[Tensor], widths: tuple[int, ...], config: di
     ``weights``: one [N, K'] for all groups, one stacked [P, N, K'], or P matrices [N, K'] of one layout.
     """
     groups, tokens, depth = x.shape
-    c = dict(config or single_config())
+    c = dict(config or single_config(len(weights) == 1))
     first = weights[0]
     rows, stride = first.shape[-2], first.stride(-2)
     y = x.new_empty(groups, tokens, rows)
     tiles = groups * triton.cdiv(tokens, c["BM"]) * triton.cdiv(rows, c["BN"])
-    programs = grid(c, tiles, x.device)
-    del c["PROGRAMS"]
+    programs = grid(tiles, x.device)
     order = tuple(sorted(range(groups), key=lambda p: -widths[p]))
-    pointers = _int_table(tuple(w.data_ptr() for w in weights), torch.int64, x.device)
+    # Element offsets from the first weight, not addresses: the compiler then knows the alignment of every pointer.
+    offsets = tuple((w.data_ptr() - first.data_ptr()) // first.element_size() for w in weights)
     inputs_kernel[programs](
         descriptor(x.view(-1, depth), [c["BM"], c["BK"]]),
-        descriptor(first.view(-1, first.shape[-1]) if first.dim() == 3 else first, [c["BN"], c["BK"]]), pointers,
+        descriptor(first.view(-1, first.shape[-1]) if first.dim() == 3 else first, [c["BN"], c["BK"]]), first,
+        _int_table(offsets, torch.int64, x.device),
         _int_table(order, torch.int32, x.device), _int_table(widths, torch.int32, x.device), y, tiles, tokens, rows,
         stride, y.stride(0), y.stride(1), PRECISION=precision(x.dtype), STACKED=first.dim() == 3,
         POINTERS=len(weights) > 1, **c,

@@ -7,38 +7,46 @@ contiguous) is the contraction. ``tiles_kernel`` is the copy-engine form for kep
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import descriptor, multiprocessors, precision, row_major, swizzle
+from .tile import copy_engine, describable, descriptor, multiprocessors, precision, row_major, swizzle
 
 
 @triton.jit
 def linear_kernel(
     x, w, index, in_blocks, y, tokens, width, depth, stride_x, stride_w, stride_y,
     INDEXED: tl.constexpr, IN_BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, X_TILES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """x is a pointer, or with X_TILES a tensor descriptor; y is [tokens, width]."""
     tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(tokens, BM), tl.cdiv(width, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    x_tile = x + tl.minimum(m, tokens - 1)[:, None].to(tl.int64) * stride_x + k[None, :]
+    if not X_TILES:
+        x_tile = x + tl.minimum(m, tokens - 1)[:, None].to(tl.int64) * stride_x + k[None, :]
     rows = tl.minimum(n, width - 1)
     if INDEXED and not TRANSPOSED:
         rows = tl.load(index + rows)
     w_rows = w + rows[None, :].to(tl.int64) * stride_w
+    # Row numbers are read one step ahead, or every step would wait for them.
+    following = tl.load(index + tl.minimum(k, depth - 1)) if INDEXED and TRANSPOSED else k
+    # Tiles that reach past the last output read it again: contiguous in whole tiles, and then without a mask.
+    outputs = n if ALIGNED else tl.minimum(n, width - 1)
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, depth, BK):
         position = start + k
         inside = position < depth
         if TRANSPOSED:
-            unit = position
+            unit = tl.minimum(position, depth - 1)
             if INDEXED:
-                unit = tl.load(index + position, mask=inside, other=0)
-            w_tile = w + unit[:, None].to(tl.int64) * stride_w + n[None, :]
-            b = tl.load(w_tile, mask=inside[:, None] & (n < width)[None, :], other=0.0)
+                unit = following
+                following = tl.load(index + tl.minimum(position + BK, depth - 1))
+            b = tl.load(w + unit[:, None].to(tl.int64) * stride_w + outputs[None, :])
         else:
             column = position
             if IN_BLOCKS:
@@ -48,9 +56,12 @@ def linear_kernel(
                 b = tl.load(w_rows + column[:, None])
             else:
                 b = tl.load(w_rows + column[:, None], mask=inside[:, None], other=0.0)
-        a = tl.load(x_tile) if EVEN else tl.load(x_tile, mask=inside[None, :], other=0.0)
+        if X_TILES:
+            a = x.load([tile_m * BM, start])
+        else:
+            a = tl.load(x_tile) if EVEN else tl.load(x_tile, mask=inside[None, :], other=0.0)
+            x_tile += BK
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        x_tile += BK
     inside = (m < tokens)[:, None] & (n < width)[None, :]
     tl.store(y + m[:, None].to(tl.int64) * stride_y + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
@@ -58,31 +69,30 @@ def linear_kernel(
 @triton.jit
 def tiles_kernel(
     x_tiles, w_tiles, in_blocks, y, tokens, width, depth, stride_y,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, depth] times the kept column blocks of w [width, ·]; every block is one step of the contraction."""
     BK: tl.constexpr = 64
-    tiles_m = tl.cdiv(tokens, BM)
-    tiles_n = tl.cdiv(width, BN)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = swizzle(tile, tiles_m, tiles_n, GROUP)
-        acc = tl.zeros([BM, BN], tl.float32)
-        for start in range(0, depth, BK):
-            column = tl.load(in_blocks + start // BK) * BK
-            a = x_tiles.load([tile_m * BM, start])
-            b = w_tiles.load([tile_n * BN, column])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        m = tile_m * BM + tl.arange(0, BM)
-        n = tile_n * BN + tl.arange(0, BN)
-        inside = (m < tokens)[:, None] & (n < width)[None, :]
-        tl.store(y + m[:, None].to(tl.int64) * stride_y + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
+    tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(tokens, BM), tl.cdiv(width, BN), GROUP)
+    acc = tl.zeros([BM, BN], tl.float32)
+    following = tl.load(in_blocks)
+    for start in range(0, depth, BK):
+        column = following * BK
+        following = tl.load(in_blocks + tl.minimum(start + BK, depth - BK) // BK)
+        a = x_tiles.load([tile_m * BM, start])
+        b = w_tiles.load([tile_n * BN, column])
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    inside = (m < tokens)[:, None] & (n < width)[None, :]
+    tl.store(y + m[:, None].to(tl.int64) * stride_y + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
 def linear_config(tokens: int) -> dict[str, int]:
     """Tile of the pointer kernel."""
     if tokens <= 64:
         return {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
-    return {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
+    return {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def linear(
@@ -98,29 +108,32 @@ def linear(
     tokens, depth = x.shape
     y = x.new_empty(tokens, width)
     c = dict(config or linear_config(tokens))
+    tiles = copy_engine(x.device) and describable(x)
     linear_kernel[triton.cdiv(tokens, c["BM"]) * triton.cdiv(width, c["BN"]),](
-        x, weight, index if index is not None else x, in_blocks if in_blocks is not None else x, y,
+        descriptor(x, [c["BM"], c["BK"]]) if tiles else x, weight, index if index is not None else x,
+        in_blocks if in_blocks is not None else x, y,
         tokens, width, depth, x.stride(0), weight.stride(0), width,
         INDEXED=index is not None, IN_BLOCKS=in_blocks is not None, TRANSPOSED=transposed,
-        EVEN=depth % c["BK"] == 0, PRECISION=precision(x.dtype), **c,
+        EVEN=depth % c["BK"] == 0, ALIGNED=width % c["BN"] == 0, PRECISION=precision(x.dtype), X_TILES=tiles, **c,
     )  # fmt: skip
     return y
 
 
-def tiles_config() -> dict[str, int]:
-    """Tile of the copy-engine kernel."""
-    return {"BM": 128, "BN": 256, "GROUP": 8, "FLATTEN": False, "num_warps": 8, "num_stages": 3}
+def tiles_config(tokens: int, width: int, device: torch.device) -> dict[str, int]:
+    """Tile of the copy-engine kernel: one program a multiprocessor, five steps deep, if one wave holds all tiles."""
+    if triton.cdiv(tokens, 128) * triton.cdiv(width, 128) <= multiprocessors(device):
+        return {"BM": 128, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 5}
+    return {"BM": 128, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def linear_tiles(x: Tensor, weight: Tensor, in_blocks: Tensor, config: dict[str, int] | None = None) -> Tensor:
     """x [t, 64·count] times kept column blocks (int32 [count]): [t, outputs]. Operands must be ``describable``."""
     tokens, depth = x.shape
     width = weight.shape[0]
-    c = dict(config or tiles_config())
-    programs = c.pop("PROGRAMS", 1) * multiprocessors(x.device)
+    c = dict(config or tiles_config(tokens, width, x.device))
     y = x.new_empty(tokens, width)
     tiles = triton.cdiv(tokens, c["BM"]) * triton.cdiv(width, c["BN"])
-    tiles_kernel[min(tiles, programs) if c["FLATTEN"] else tiles,](
+    tiles_kernel[tiles,](
         descriptor(x, [c["BM"], 64]), descriptor(weight, [c["BN"], 64]), in_blocks, y, tokens, width, depth,
         y.stride(0), PRECISION=precision(x.dtype), **c,
     )  # fmt: skip

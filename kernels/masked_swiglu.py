@@ -7,19 +7,21 @@ copy engine, which cannot gather rows but takes a tile of 64 consecutive ones an
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import descriptor, multiprocessors, precision, row_major, silu_mul, swizzle
+from .tile import copy_engine, describable, descriptor, multiprocessors, precision, row_major, silu_mul, swizzle
 
 
 @triton.jit
 def gather_kernel(
     x, gate, up, index, h, tokens, width, depth, stride_x, stride_gate, stride_up, stride_h,
-    INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, X_TILES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """x is a pointer, or with X_TILES a tensor descriptor; h is [tokens, width]."""
     tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(tokens, BM), tl.cdiv(width, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
@@ -28,24 +30,27 @@ def gather_kernel(
     if INDEXED:
         rows = tl.load(index + rows)
     # Rows past the end repeat the last one: a load without a mask is cheaper, and they are not stored.
-    x_tile = x + tl.minimum(m, tokens - 1)[:, None].to(tl.int64) * stride_x + k[None, :]
+    if not X_TILES:
+        x_tile = x + tl.minimum(m, tokens - 1)[:, None].to(tl.int64) * stride_x + k[None, :]
     gate_tile = gate + rows[None, :].to(tl.int64) * stride_gate + k[:, None]
     up_tile = up + rows[None, :].to(tl.int64) * stride_up + k[:, None]
     acc_gate = tl.zeros([BM, BN], tl.float32)
     acc_up = tl.zeros([BM, BN], tl.float32)
     for start in range(0, depth, BK):
+        inside = start + k < depth
+        if X_TILES:
+            a = x.load([tile_m * BM, start])
+        else:
+            a = tl.load(x_tile) if EVEN else tl.load(x_tile, mask=inside[None, :], other=0.0)
+            x_tile += BK
         if EVEN:
-            a = tl.load(x_tile)
             b = tl.load(gate_tile)
             c = tl.load(up_tile)
         else:
-            inside = start + k < depth
-            a = tl.load(x_tile, mask=inside[None, :], other=0.0)
             b = tl.load(gate_tile, mask=inside[:, None], other=0.0)
             c = tl.load(up_tile, mask=inside[:, None], other=0.0)
         acc_gate = tl.dot(a, b, acc_gate, input_precision=PRECISION)
         acc_up = tl.dot(a, c, acc_up, input_precision=PRECISION)
-        x_tile += BK
         gate_tile += BK
         up_tile += BK
     out = silu_mul(acc_gate, acc_up).to(h.dtype.element_ty)
@@ -56,33 +61,22 @@ def gather_kernel(
 @triton.jit
 def blocks_kernel(
     x_tiles, gate_tiles, up_tiles, blocks, h, tokens, count, depth, stride_h,
-    PRECISION: tl.constexpr, SWAP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program at a time makes BM tokens × one kept block of 64 channels. SWAP: weights are the tall operand."""
+    """A program makes BM tokens × one kept block of 64 channels; the weights are the tall operand of the products."""
     BN: tl.constexpr = 64
-    tiles_m = tl.cdiv(tokens, BM)
-    for tile in tl.range(tl.program_id(0), tiles_m * count, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = swizzle(tile, tiles_m, count, GROUP)
-        row = tl.load(blocks + tile_n) * BN
-        acc_gate = tl.zeros([BN, BM], tl.float32) if SWAP else tl.zeros([BM, BN], tl.float32)
-        acc_up = acc_gate
-        for start in range(0, depth, BK):
-            a = x_tiles.load([tile_m * BM, start])
-            b = gate_tiles.load([row, start])
-            c = up_tiles.load([row, start])
-            if SWAP:
-                acc_gate = tl.dot(b, a.T, acc_gate, input_precision=PRECISION)
-                acc_up = tl.dot(c, a.T, acc_up, input_precision=PRECISION)
-            else:
-                acc_gate = tl.dot(a, b.T, acc_gate, input_precision=PRECISION)
-                acc_up = tl.dot(a, c.T, acc_up, input_precision=PRECISION)
-        out = silu_mul(acc_gate, acc_up).to(h.dtype.element_ty)
-        if SWAP:
-            out = out.T
-        m = tile_m * BM + tl.arange(0, BM)
-        n = tile_n * BN + tl.arange(0, BN)
-        tl.store(h + m[:, None].to(tl.int64) * stride_h + n[None, :], out, mask=(m < tokens)[:, None])
+    tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(tokens, BM), count, GROUP)
+    row = tl.load(blocks + tile_n) * BN
+    acc_gate = tl.zeros([BN, BM], tl.float32)
+    acc_up = tl.zeros([BN, BM], tl.float32)
+    for start in range(0, depth, BK):
+        a = x_tiles.load([tile_m * BM, start]).T
+        acc_gate = tl.dot(gate_tiles.load([row, start]), a, acc_gate, input_precision=PRECISION)
+        acc_up = tl.dot(up_tiles.load([row, start]), a, acc_up, input_precision=PRECISION)
+    out = silu_mul(acc_gate, acc_up).to(h.dtype.element_ty).T
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    tl.store(h + m[:, None].to(tl.int64) * stride_h + n[None, :], out, mask=(m < tokens)[:, None])
 
 
 @triton.jit
@@ -95,11 +89,23 @@ def silu_mul_kernel(gate, up, h, width, stride_gate, stride_up, stride_h, BLOCK:
     tl.store(h + row * stride_h + n, silu_mul(a, b).to(h.dtype.element_ty), mask=inside)
 
 
-def gather_config(tokens: int) -> dict[str, int]:
+def three_fit(tiles: int, device: torch.device) -> bool:
+    """Whether three programs a multiprocessor (two steps deep, 168 registers) beat two (three steps deep).
+
+    Each is as good as its last wave is full; at equal fill the deeper pipeline wins by some 5 %.
+    """
+    two, three = (n * multiprocessors(device) for n in (2, 3))
+    return 0.95 * tiles / (triton.cdiv(tiles, three) * three) > tiles / (triton.cdiv(tiles, two) * two)
+
+
+def gather_config(tokens: int, width: int, device: torch.device) -> dict[str, int]:
     """Tile of the pointer kernel."""
     if tokens <= 64:
         return {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
-    return {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    c = {"BM": 128, "BN": 64, "BK": 64, "GROUP": 8}
+    if three_fit(triton.cdiv(tokens, 128) * triton.cdiv(width, 64), device):
+        return c | {"num_warps": 4, "num_stages": 2, "maxnreg": 168}
+    return c | {"num_warps": 8, "num_stages": 3}
 
 
 def gate_up(
@@ -109,28 +115,30 @@ def gate_up(
     x = row_major(x)
     tokens, depth = x.shape
     h = x.new_empty(tokens, width)
-    c = dict(config or gather_config(tokens))
+    c = dict(config or gather_config(tokens, width, x.device))
+    tiles = copy_engine(x.device) and describable(x)
     gather_kernel[triton.cdiv(tokens, c["BM"]) * triton.cdiv(width, c["BN"]),](
-        x, gate, up, index if index is not None else x, h, tokens, width, depth, x.stride(0), gate.stride(0),
-        up.stride(0), h.stride(0), INDEXED=index is not None, EVEN=depth % c["BK"] == 0,
-        PRECISION=precision(x.dtype), **c,
+        descriptor(x, [c["BM"], c["BK"]]) if tiles else x, gate, up, index if index is not None else x, h,
+        tokens, width, depth, x.stride(0), gate.stride(0), up.stride(0), h.stride(0),
+        INDEXED=index is not None, EVEN=depth % c["BK"] == 0, PRECISION=precision(x.dtype), X_TILES=tiles, **c,
     )  # fmt: skip
     return h
 
 
-def blocks_config() -> dict[str, int]:
+def blocks_config(tokens: int, count: int, device: torch.device) -> dict[str, int]:
     """Tile of the copy-engine kernel."""
-    return {"BM": 256, "BK": 64, "GROUP": 8, "SWAP": True, "FLATTEN": False, "num_warps": 8, "num_stages": 3}
+    c = {"BM": 128, "BK": 64, "GROUP": 8, "num_warps": 4}
+    fit = three_fit(triton.cdiv(tokens, 128) * count, device)
+    return c | ({"num_stages": 2, "maxnreg": 168} if fit else {"num_stages": 3})
 
 
 def gate_up_blocks(x: Tensor, gate: Tensor, up: Tensor, blocks: Tensor, config: dict[str, int] | None = None) -> Tensor:
     """The same for kept 64-blocks (int32 [count]): x [t, H] -> [t, 64·count]. Operands must be ``describable``."""
     tokens, depth = x.shape
-    c = dict(config or blocks_config())
-    programs = c.pop("PROGRAMS", 1) * multiprocessors(x.device)
+    c = dict(config or blocks_config(tokens, blocks.numel(), x.device))
     h = x.new_empty(tokens, blocks.numel() * 64)
     tiles = triton.cdiv(tokens, c["BM"]) * blocks.numel()
-    blocks_kernel[min(tiles, programs) if c["FLATTEN"] else tiles,](
+    blocks_kernel[tiles,](
         descriptor(x, [c["BM"], c["BK"]]), descriptor(gate, [64, c["BK"]]), descriptor(up, [64, c["BK"]]), blocks, h,
         tokens, blocks.numel(), depth, h.stride(0), PRECISION=precision(x.dtype), **c,
     )  # fmt: skip

@@ -21,6 +21,12 @@ def row_major(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+@lru_cache
+def copy_engine(device: torch.device) -> bool:
+    """Hopper's copy engine, or the interpreter, which plays it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def describable(*tensors: Tensor) -> bool:
     """True if Hopper's copy engine can address the tensors: 16-byte aligned base and row pitch, unit last stride."""
     return all(

@@ -211,11 +211,25 @@ def test_small_kernels(tokens, dtype):
     for into in selections(x.shape[1]):
         if into.width:
             kept = into.take(x, 1)
-            y = gemv.columns(kept, weight.t().contiguous(), into.rows(x.device), config=columns)
+            stored = weight.t().contiguous()
+            y = gemv.columns(kept, stored, into.rows(x.device), config=columns)
             assert agrees(y, kept, weight, Selection.full(256), into)
+            counters = gemv.counters_for(256, x.device).zero_()
+            again = gemv.columns(kept, stored, into.rows(x.device), columns, counters)
+            assert torch.equal(again, y), "the last program adds in the same order as the second kernel"
             entries = into.entries(x.device)
             y = gemv.rows(kept, (weight,), None, 256, into.kind, entries, config=config)
             assert agrees(y, kept, weight, Selection.full(256), into)
+
+
+@on_kernels
+def test_expand_kernel():
+    from ppf.kernels import gemv
+
+    x = torch.randn(3, 2500, device=DEVICE).to(DTYPES[0])
+    rows = torch.randperm(5001)[:2500].int().to(DEVICE)
+    wanted = x.new_zeros(3, 5001).index_copy_(1, rows.long(), x)
+    assert torch.equal(gemv.expand(x, rows, 5001), wanted)
 
 
 @on_kernels
@@ -249,10 +263,9 @@ def test_copy_engine_kernel(dtype):
     x, weight = operands(130, 192, 256, dtype)
     blocks = Selection.blocks([2, 0], 192)
     part = blocks.take(x, 1).contiguous()
-    for flatten in (False, True):
-        config = {"BM": 128, "BN": 64, "GROUP": 2, "FLATTEN": flatten, "num_warps": 4, "num_stages": 3}
-        y = tiles.linear_tiles(part, weight, blocks.entries(x.device), config)
-        assert agrees(y, part, weight, Selection.full(256), blocks)
+    config = {"BM": 128, "BN": 64, "GROUP": 2, "num_warps": 4, "num_stages": 3}
+    y = tiles.linear_tiles(part, weight, blocks.entries(x.device), config)
+    assert agrees(y, part, weight, Selection.full(256), blocks)
 
 
 @on_kernels
@@ -266,7 +279,7 @@ def test_grouped_kernels(side, form, dtype):
     x, weight, products = grouped_case(side, widths, form, dtype)
     if side == "output" and form == "list":
         return
-    config = {"BM": 64, "BN": 64, "BK": 64, "FLATTEN": True, "PROGRAMS": 1, "num_warps": 4, "num_stages": 3}
+    config = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
     if side == "output":
         y = grouped.outputs(x, weight, widths, config)
     else:

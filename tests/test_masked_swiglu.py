@@ -144,17 +144,15 @@ def test_gate_up_kernels(tokens, dtype):
 
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("swap", [False, True])
-def test_copy_engine_kernel(swap, dtype):
+def test_copy_engine_kernel(dtype):
     from ppf.kernels import masked_swiglu as tiles
 
     x, gate, up, _ = operands(130, dtype)
     blocks = Selection.blocks([4, 0, 2], CHANNELS)
     kept = blocks.take(gate, 0), blocks.take(up, 0)
-    for flatten in (False, True):
-        config = {"BM": 64, "BK": 64, "GROUP": 2, "SWAP": swap, "FLATTEN": flatten, "num_warps": 4, "num_stages": 3}
-        y = tiles.gate_up_blocks(x, gate, up, blocks.entries(x.device), config)
-        assert within_twice(y, hidden(x, *kept), hidden(x.double(), *(w.double() for w in kept)))
+    config = {"BM": 64, "BK": 64, "GROUP": 2, "num_warps": 4, "num_stages": 3}
+    y = tiles.gate_up_blocks(x, gate, up, blocks.entries(x.device), config)
+    assert within_twice(y, hidden(x, *kept), hidden(x.double(), *(w.double() for w in kept)))
 
 
 @on_kernels
@@ -165,7 +163,7 @@ def test_grouped_kernel_zeroes_the_down_step(dtype):
 
     widths = (64, 0, 100)
     x, gate, up, _ = operands(3 * 70, dtype)
-    config = {"BM": 64, "BN": 64, "BK": 64, "FLATTEN": True, "PROGRAMS": 1, "num_warps": 4, "num_stages": 3}
+    config = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
     h = grouped.gate_up(x.view(3, 70, HIDDEN), gate, up, widths, config)
     for p, width in enumerate(widths):
         part = x.view(3, 70, HIDDEN)[p]

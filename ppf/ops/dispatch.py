@@ -10,10 +10,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .selection import BLOCKS, INDICES, PREFIX
+from .selection import BLOCKS, INDICES, PREFIX, UNIQUE
 
 # Above this many tokens, copying the kept weights and calling cuBLAS beats the tile kernels.
-COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 3072}
+COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
+# The same where the contraction runs over listed rows of a transposed weight.
+COMPACT_TOKENS_TRANSPOSED = 256
 SMALL_TOKENS = 16
 
 
@@ -45,6 +47,15 @@ def take(tensor: Tensor, dim: int, width: int, rows: Tensor | None) -> Tensor:
     return tensor.narrow(dim, 0, width) if rows is None else tensor.index_select(dim, rows)
 
 
+def compact(tensor: Tensor, dim: int, width: int, rows: Tensor | None) -> Tensor:
+    """:func:`take` by the channel-gather kernels, on a GPU."""
+    if rows is None or tensor.dtype not in (torch.bfloat16, torch.float16) or tensor.stride(-1) != 1:
+        return take(tensor, dim, width, rows)
+    from . import gather  # noqa: F401  (defines the op)
+
+    return torch.ops.ppf.gather_rows(tensor, rows) if dim == 0 else torch.ops.ppf.gather_columns(tensor, rows, 1)
+
+
 def linear_path(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, in_kind: int, in_width: int, transposed: bool
 ) -> str:
@@ -58,7 +69,7 @@ def linear_path(
         return "rows"
     if out_kind == PREFIX and in_kind == PREFIX:
         return "library"
-    if in_kind == INDICES or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
+    if in_kind in (INDICES, UNIQUE) or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
         return "library"
     return "tiles"
 
@@ -68,7 +79,7 @@ def _transposed_path(tokens: int, out_kind: int, in_kind: int) -> str:
         return "library"
     if tokens <= SMALL_TOKENS:
         return "columns"
-    if in_kind == PREFIX or tokens > COMPACT_TOKENS[in_kind]:
+    if in_kind == PREFIX or tokens > COMPACT_TOKENS_TRANSPOSED:
         return "library"
     return "transposed"
 

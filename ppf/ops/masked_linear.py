@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from . import dispatch
 from .library import LIBRARY
-from .selection import BLOCKS, PREFIX, Selection
+from .selection import BLOCKS, PREFIX, UNIQUE, Selection
 
 LIBRARY.define(
     "masked_linear(Tensor x, Tensor weight, int out_kind, int out_width, Tensor? out_rows, int in_kind, int in_width, "
@@ -60,7 +60,8 @@ def call(x: Tensor, weight: Tensor, out: Selection, into: Selection, transposed:
     device = x.device
     blocks = into.entries(device) if into.kind == BLOCKS else None
     return torch.ops.ppf.masked_linear(
-        x, weight, out.kind, out.width, out.rows(device), into.kind, into.width, into.rows(device), blocks, transposed
+        x, weight, out.kind, out.width, out.rows(device), into.input_kind, into.width, into.rows(device), blocks,
+        transposed,
     )  # fmt: skip
 
 
@@ -82,20 +83,14 @@ def masked_linear_reference(
     return F.linear(x, kept_weight(weight, out_width, out_rows, in_width, in_rows, transposed))
 
 
-def _masked_linear_cuda(
+def masked_linear_cuda(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None, in_kind: int, in_width: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool,
+    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool, counters: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """The choice on a GPU. ``counters``: zeros left by the kernel before, see ``ppf.kernels.gemv.columns``."""
     path = dispatch.linear_path(x, weight, out_kind, out_width, in_kind, in_width, transposed)
-    if path == "rows":
-        from ppf.kernels import gemv
-
-        entries = in_blocks if in_kind == BLOCKS else in_rows
-        return gemv.rows(x, (weight,), out_rows, out_width, in_kind, entries)
-    if path == "columns":
-        from ppf.kernels import gemv
-
-        return gemv.columns(x, weight.narrow(1, 0, out_width), in_rows)
+    if path in ("rows", "columns"):
+        return _small(x, weight, path, out_width, out_rows, in_kind, in_rows, in_blocks, counters)
     if path == "tiles":
         from ppf.kernels import masked_linear as tiles
 
@@ -106,9 +101,25 @@ def _masked_linear_cuda(
         from ppf.kernels import masked_linear as tiles
 
         return tiles.linear(x, weight, in_rows, out_width, transposed=True)
-    return masked_linear_reference(
-        x, weight, out_kind, out_width, out_rows, in_kind, in_width, in_rows, in_blocks, transposed
-    )
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    kept = dispatch.compact(dispatch.compact(weight, out_dim, out_width, out_rows), in_dim, in_width, in_rows)
+    return F.linear(x, kept.t() if transposed else kept)
+
+
+def _small(
+    x: Tensor, weight: Tensor, path: str, out_width: int, out_rows: Tensor | None, in_kind: int,
+    in_rows: Tensor | None, in_blocks: Tensor | None, counters: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from ppf.kernels import gemv
+
+    if path == "columns":
+        return gemv.columns(x, weight.narrow(1, 0, out_width), in_rows, counters=counters)
+    if in_kind == UNIQUE:
+        # Scattered columns touch nearly every 32-byte sector of a row: read whole rows against x put back in place.
+        x = gemv.expand(x, in_rows, weight.shape[1])
+        return gemv.rows(x, (weight,), out_rows, out_width)
+    entries = in_blocks if in_kind == BLOCKS else in_rows
+    return gemv.rows(x, (weight,), out_rows, out_width, in_kind, entries)
 
 
 def _masked_linear_fake(
@@ -119,7 +130,7 @@ def _masked_linear_fake(
 
 
 LIBRARY.impl("masked_linear", masked_linear_reference, "CPU")
-LIBRARY.impl("masked_linear", _masked_linear_cuda, "CUDA")
+LIBRARY.impl("masked_linear", masked_linear_cuda, "CUDA")
 torch.library.register_fake("ppf::masked_linear", _masked_linear_fake, lib=LIBRARY)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import InputError
 from . import dispatch
 from .library import LIBRARY
-from .masked_linear import as_tokens, check_columns, check_operands, masked_linear
-from .selection import BLOCKS, Selection
+from .masked_linear import as_tokens, check_columns, check_operands, masked_linear, masked_linear_cuda
+from .selection import BLOCKS, PREFIX, Selection
 
 LIBRARY.define(
     "masked_swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int kind, int width, Tensor? rows, Tensor? blocks, "
@@ -45,7 +45,7 @@ def masked_swiglu(
     device = x.device
     blocks = selection.entries(device) if selection.kind == BLOCKS else None
     y = torch.ops.ppf.masked_swiglu(
-        tokens, gate, up, down, selection.kind, selection.width, selection.rows(device), blocks, down_transposed
+        tokens, gate, up, down, selection.input_kind, selection.width, selection.rows(device), blocks, down_transposed
     )
     return y.view(x.shape)
 
@@ -75,22 +75,23 @@ def _hidden_reference(x: Tensor, gate: Tensor, up: Tensor, width: int, rows: Ten
 
 
 def _hidden_cuda(
-    x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int, rows: Tensor | None, blocks: Tensor | None
-) -> Tensor:
+    x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int, rows: Tensor | None, blocks: Tensor | None,
+    counters: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     path = dispatch.hidden_path(x, gate, up, kind, width)
     if path == "reference":
         return _hidden_reference(x, gate, up, width, rows)
     if path == "rows":
         from ppf.kernels import gemv
 
-        return gemv.rows(x, (gate, up), rows, width)
+        return gemv.rows(x, (gate, up), rows, width, counters=counters)
     from ppf.kernels import masked_swiglu as tiles
 
     if path == "tiles":
         return tiles.gate_up(x, gate, up, rows, width)
     if path == "blocks":
         return tiles.gate_up_blocks(x, gate, up, blocks)
-    kept = [F.linear(x, dispatch.take(w, 0, width, rows)) for w in (gate, up)]
+    kept = [F.linear(x, dispatch.compact(w, 0, width, rows)) for w in (gate, up)]
     return tiles.multiply_silu(*kept)
 
 
@@ -98,9 +99,13 @@ def _masked_swiglu_cuda(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
     blocks: Tensor | None, down_transposed: bool,
 ) -> Tensor:  # fmt: skip
-    act = _hidden_cuda(x, gate, up, kind, width, rows, blocks)
-    hidden = gate.shape[1]
-    return torch.ops.ppf.masked_linear(act, down, 0, hidden, None, kind, width, rows, blocks, down_transposed)
+    hidden, counters = gate.shape[1], None
+    if down_transposed and dispatch.hidden_path(x, gate, up, kind, width) == "rows":
+        from ppf.kernels import gemv
+
+        counters = gemv.counters_for(hidden, x.device)
+    act = _hidden_cuda(x, gate, up, kind, width, rows, blocks, counters)
+    return masked_linear_cuda(act, down, PREFIX, hidden, None, kind, width, rows, blocks, down_transposed, counters)
 
 
 def _masked_swiglu_fake(

@@ -17,6 +17,8 @@ BLOCK = 64
 
 # How a selection travels through an op schema, which knows only integers and tensors.
 PREFIX, BLOCKS, INDICES = 0, 1, 2
+# Indices without repetition: an input side may then be put back in place (``input_kind``).
+UNIQUE = 3
 KIND_NAMES = ("prefix", "blocks", "indices")
 
 
@@ -29,6 +31,7 @@ class Selection:
     def __init__(self, kind: int, total: int, width: int, entries: Tensor | None):
         """Internal: use the named constructors, which check their arguments."""
         self.kind, self.total, self.width = kind, total, width
+        self.input_kind = UNIQUE if kind == INDICES and entries.unique().numel() == width else kind
         self._entries = entries
         self._rows = None if entries is None else _expand(entries, kind)
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
