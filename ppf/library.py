@@ -47,7 +47,9 @@ def refit(
     order = order.to(statistics.gram.device)
     gram = statistics.gram[order][:, order].double()
     dense = weight.double()
-    damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # The floor is for a sub-layer whose input is always zero: it has nothing to refit, and that is no error.
+    added = damping * gram.diagonal().mean().clamp_min(1e-30)
+    damped = gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info):
         raise PPFError("the calibration Gram is not positive definite: the model's activations hold NaN or Inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppf import collection, fitting
+from ppf import calibration, collection, fitting
 from ppf.experience import Evaluation
 from ppf.grid import Grid
 from ppf.models import build
@@ -139,3 +140,21 @@ def synthetic_rows(grid: Grid, levels: Tensor) -> list[Evaluation]:
     values = synthetic_log_perplexity(grid, levels).tolist()
     policies: Sequence[Policy] = grid.decode(levels)
     return [Evaluation(p, v, grid.ratio(p), 0, "random", 0.0) for p, v in zip(policies, values, strict=True)]
+
+
+def track_grams(monkeypatch):
+    """A function that counts the Grams alive; its ``peak`` is the most there were when one was made."""
+    references = []
+
+    def living() -> int:
+        return sum(reference() is not None for reference in references)
+
+    class Tracked(calibration._Accumulator):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            references.append(weakref.ref(self.gram))
+            living.peak = max(living.peak, living())
+
+    living.peak = 0
+    monkeypatch.setattr(calibration, "_Accumulator", Tracked)
+    return living

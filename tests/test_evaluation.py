@@ -1,0 +1,128 @@
+"""Masked evaluation against Hugging Face models that are dense, masked, or physically smaller."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from factories import dense_weights, llama, llama_config, random_ranking, tokens
+
+from ppf.evaluation import Evaluator
+from ppf.grid import Grid
+from ppf.policy import Policy
+from ppf.text import BATCH_TOKENS
+from ppf.weights import DecoderWeights, LayerRanking, expand_units
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IDS = tokens(5, 24)
+# Of the grouped-query model: dense, no attention, no FFN, neither; then partly both. Multi-head: twice the groups.
+POLICIES = [Policy([3, 0, 2, 0], [64, 16, 0, 0]), Policy([1, 2, 3, 1], [8, 40, 24, 56]), Policy([1, 0, 0, 0], [0] * 4)]
+
+
+def policy_for(policy: Policy, heads: str) -> Policy:
+    return policy if heads == "gqa" else Policy([2 * w for w in policy.attention], policy.ffn)
+
+
+def masked(model, ranking: list[LayerRanking], policy: Policy):
+    """The dense model with the columns of all pruned units set to zero, in place."""
+    size = model.config.head_dim * (model.config.num_attention_heads // model.config.num_key_value_heads)
+    for index, (layer, order) in enumerate(zip(model.model.layers, ranking, strict=True)):
+        lost = expand_units(order.attention[policy.attention[index] :], size)
+        layer.self_attn.o_proj.weight.data[:, lost] = 0
+        layer.mlp.down_proj.weight.data[:, order.ffn[policy.ffn[index] :]] = 0
+    return model
+
+
+@torch.no_grad()
+def hf_loss(model, ids=IDS) -> float:
+    """Mean over all predicted tokens; the model's own loss, since all sequences are equally long."""
+    return float(model.double()(ids, labels=ids).loss)
+
+
+def evaluator(weights: DecoderWeights, ranking: list[LayerRanking], ids=IDS) -> Evaluator:
+    return Evaluator(weights.permuted(ranking), Grid(weights.structure, 8), ids)
+
+
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_policy_has_the_models_loss(heads, tied):
+    model, weights = dense_weights(heads, tie_word_embeddings=tied)
+    ours = evaluator(weights, random_ranking(weights.structure))
+    assert ours.log_perplexity(ours.grid.dense()) == pytest.approx(hf_loss(model), rel=1e-5)
+    assert ours.tokens == IDS.numel()
+
+
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_masked_policies_are_the_model_with_zeroed_columns(heads, policy):
+    model, weights = dense_weights(heads)
+    ranking, policy = random_ranking(weights.structure), policy_for(policy, heads)
+    ours = evaluator(weights, ranking)
+    found, logits = ours.log_perplexity(policy), ours.logits(policy, IDS)
+    dense = hf_loss(llama(llama_config(heads)))
+    reference = masked(llama(llama_config(heads)), ranking, policy)
+    assert found == pytest.approx(hf_loss(reference), rel=1e-5) and abs(found - dense) > 1e-2
+    with torch.no_grad():
+        expected = reference.float()(IDS).logits
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_one_swapped_unit_shows():
+    _, weights = dense_weights()
+    ranking, policy = random_ranking(weights.structure), POLICIES[1]
+    reference = evaluator(weights, ranking).logits(policy, IDS)
+    order = ranking[1].ffn.clone()
+    order[[0, 63]] = order[[63, 0]]  # a kept unit for a pruned one, in one layer
+    swapped = [replace(r, ffn=order) if index == 1 else r for index, r in enumerate(ranking)]
+    wrong = evaluator(weights, swapped).logits(policy, IDS)
+    assert (wrong - reference).abs().max() > 1e-3 * reference.abs().max()
+    within = ranking[1].ffn.clone()
+    within[[0, 39]] = within[[39, 0]]  # both kept: the same selection
+    same = [replace(r, ffn=within) if index == 1 else r for index, r in enumerate(ranking)]
+    torch.testing.assert_close(evaluator(weights, same).logits(policy, IDS), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 50, 10**6])
+def test_batches_make_no_difference(monkeypatch, size):
+    _, weights = dense_weights()
+    ours = evaluator(weights, random_ranking(weights.structure))
+    expected = ours.log_perplexity(POLICIES[1])
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", size)
+    assert ours.log_perplexity(POLICIES[1]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype):
+    model = llama(llama_config(), dtype=dtype)
+    weights = DecoderWeights.from_model(model)
+    found = evaluator(weights, random_ranking(weights.structure)).log_perplexity(POLICIES[1])
+    expected = hf_loss(masked(model, random_ranking(weights.structure), POLICIES[1]))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_model_and_its_text_stay_untouched():
+    model, weights = dense_weights()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = evaluator(weights, random_ranking(weights.structure))
+    first = [ours.log_perplexity(p) for p in POLICIES]
+    assert [ours.log_perplexity(p) for p in POLICIES] == first
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nan_weights_are_not_hidden():
+    model, weights = dense_weights()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    assert math.isnan(evaluator(weights, random_ranking(weights.structure)).log_perplexity(Policy([3] * 4, [64] * 4)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def test_cuda_agrees_with_the_cpu(heads):
+    model, weights = dense_weights(heads)
+    ranking = random_ranking(weights.structure)
+    on_cpu = evaluator(weights, ranking)
+    on_gpu = evaluator(DecoderWeights.from_model(llama(llama_config(heads)).cuda()), ranking)
+    for policy in POLICIES:
+        policy = policy_for(policy, heads)
+        assert on_gpu.log_perplexity(policy) == pytest.approx(on_cpu.log_perplexity(policy), rel=1e-4)

@@ -1,0 +1,139 @@
+"""The refits of every level against textbook least squares on the actual activations."""
+
+import pytest
+import torch
+from factories import dense_weights, random_ranking, tokens
+from safetensors.torch import load_file
+
+from ppf.calibration import LayerStatistics, Statistics, calibrate
+from ppf.errors import PPFError
+from ppf.grid import Grid
+from ppf.library import DAMPING, Library, load_refits, refit, refit_layer, save_refits
+from ppf.weights import permute_layer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+N, TOKENS, HIDDEN = 24, 300, 10
+WIDTHS = [0, 1, 5, 12, 23, 24]
+
+
+@pytest.fixture
+def problem():
+    """W [hidden, n] in ranking order, correlated x [tokens, n] in checkpoint order, and the order; all fp64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x = draw(TOKENS, 6) @ draw(6, N) + 0.5 * draw(TOKENS, N) + 0.3
+    order = torch.randperm(N, generator=generator)
+    return draw(HIDDEN, N), x, order
+
+
+def statistics_of(x: torch.Tensor) -> Statistics:
+    return Statistics(x.T @ x / len(x), x.mean(0), x.var(0, correction=0))
+
+
+def energy(x: torch.Tensor, weight: torch.Tensor, prefix: torch.Tensor) -> float:
+    """E‖(Ŵ − W)x‖² / E‖Wx‖² over the tokens of x, in ranking order."""
+    out = x @ weight.T
+    return float((x[:, : prefix.shape[1]] @ prefix.T - out).square().sum() / out.square().sum())
+
+
+def test_refits_are_the_least_squares_solutions(problem):
+    weight, x, order = problem
+    found = refit(weight, statistics_of(x), order, WIDTHS, damping=1e-12)
+    ordered = x[:, order]
+    for width, ours in zip(WIDTHS, found.weights, strict=True):
+        expected = torch.linalg.lstsq(ordered[:, :width], ordered @ weight.T).solution.T
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    # Negative control: another order's solution is another one.
+    other = refit(weight, statistics_of(x), order.flip(0), [12], damping=1e-12).weights[0]
+    assert (other - found.weights[WIDTHS.index(12)]).abs().max() > 0.1
+
+
+def test_damped_refits_solve_the_damped_normal_equations(problem):
+    weight, x, order = problem
+    found = refit(weight, statistics_of(x), order, WIDTHS[:-1], damping=0.05)
+    ordered = x[:, order]
+    gram = ordered.T @ ordered / TOKENS
+    damping = 0.05 * gram.diagonal().mean()
+    for width, ours in zip(WIDTHS[:-1], found.weights, strict=True):
+        # Damping stands on the left side only: the target is the dense output itself.
+        left = gram[:width, :width] + damping * torch.eye(width, dtype=torch.float64)
+        expected = torch.linalg.solve(left, (weight @ gram)[:, :width].T).T
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_error_energy_is_that_of_the_activations(problem):
+    weight, x, order = problem
+    found = refit(weight, statistics_of(x), order, WIDTHS)
+    for ours, claimed in zip(found.weights, found.error.tolist(), strict=True):
+        assert claimed == pytest.approx(energy(x[:, order], weight, ours), rel=1e-9, abs=1e-12)
+    assert found.error.dtype == torch.float64 and found.error[0] == pytest.approx(1) and found.error[-1] == 0
+
+
+def test_error_falls_with_the_level_and_beats_masking(problem):
+    weight, x, order = problem
+    widths = list(range(N + 1))
+    found = refit(weight, statistics_of(x), order, widths)
+    assert (found.error.diff() < 0).all()
+    masked = torch.tensor([energy(x[:, order], weight, weight[:, :w]) for w in widths[1:-1]])
+    assert (found.error[1:-1] < masked).all() and (found.error[2:-1] < 0.7 * masked[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_width_is_bit_identical_and_dtypes_stay(problem, dtype):
+    weight, x, order = problem
+    found = refit(weight.to(dtype), statistics_of(x.float()), order, WIDTHS)
+    assert torch.equal(found.weights[-1], weight.to(dtype))
+    assert [tuple(w.shape) for w in found.weights] == [(HIDDEN, width) for width in WIDTHS]
+    assert {w.dtype for w in found.weights} == {dtype}
+    for ours, claimed in zip(found.weights, found.error.tolist(), strict=True):
+        real = energy(x[:, order].float().double(), weight.to(dtype).double(), ours.double())
+        assert real == pytest.approx(claimed, rel=0.01, abs=2e-4)
+
+
+def test_dead_channels_are_no_trouble(problem):
+    weight, x, order = problem
+    x = x.clone()
+    x[:, order[3]] = 0
+    found = refit(weight, statistics_of(x), order, WIDTHS)
+    assert all(w.isfinite().all() for w in found.weights) and found.error.isfinite().all()
+    nothing = refit(weight, statistics_of(torch.zeros_like(x)), order, WIDTHS)
+    assert all(w.isfinite().all() for w in nothing.weights) and nothing.error.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [(0, 0), (5, 17)])
+def test_grams_that_are_not_finite_are_refused(problem, value, place):
+    weight, x, order = problem
+    statistics = statistics_of(x)
+    statistics.gram[place] = statistics.gram[place[::-1]] = value
+    with pytest.raises(PPFError, match="NaN or Inf"):
+        refit(weight, statistics, order, WIDTHS)
+
+
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def test_layers_are_refitted_on_their_grid(heads, tmp_path):
+    _, weights = dense_weights(heads)
+    grid = Grid(weights.structure, 16)
+    ranking = random_ranking(weights.structure)[1]
+    layer = permute_layer(weights.layers[1], ranking, weights.structure)
+    statistics: LayerStatistics = list(calibrate(weights, tokens(8, 40)))[1]
+    attention, ffn = refit_layer(layer, statistics, ranking, grid)
+    size = weights.structure.group_rows
+    assert [w.shape[1] for w in attention.weights] == [size * level for level in range(weights.structure.kv_groups + 1)]
+    assert [w.shape[1] for w in ffn.weights] == [0, 16, 32, 48, 64]
+    assert (attention.error.diff() < 0).all() and (ffn.error.diff() < 0).all()
+    save_refits(tmp_path / "layer.safetensors", attention, ffn)
+    for old, new in zip((attention, ffn), load_refits(load_file(tmp_path / "layer.safetensors"), layer), strict=True):
+        assert torch.equal(old.error, new.error)
+        assert all(torch.equal(a, b) for a, b in zip(old.weights, new.weights, strict=True))
+    library = Library([attention, ffn]).to(torch.bfloat16)
+    assert torch.equal(library.weight(1, 2), ffn.weights[2].bfloat16()) and library.error(0) is attention.error
+
+
+def test_default_damping_hardly_costs_anything(problem):
+    weight, x, order = problem
+    exact, damped = (refit(weight, statistics_of(x), order, [12], damping=d).error[0] for d in (1e-12, DAMPING))
+    assert exact < damped < 1.02 * exact

@@ -1,0 +1,90 @@
+"""Rankings against naive loops."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from factories import dense_weights, tokens
+
+from ppf.calibration import Statistics, calibrate
+from ppf.errors import InputError
+from ppf.ranking import RANKINGS, Scored, rank_layer, ranking_named
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def naive_score(name: str, output, x, inputs) -> torch.Tensor:
+    """One score per channel, written out for fp64 output [hidden, n], x [tokens, n] and feeding rows."""
+    scores = []
+    for j in range(output.shape[1]):
+        column = output[:, j]
+        if name == "magnitude":
+            score = sum(w * w for w in column) ** 0.5
+        elif name == "wanda-sp":
+            score = sum(abs(w) for w in column) / len(column) * (sum(v * v for v in x[:, j]) / len(x)) ** 0.5
+        elif name == "flap-wifv":
+            mean = sum(x[:, j]) / len(x)
+            score = sum((v - mean) ** 2 for v in x[:, j]) / len(x) * sum(w * w for w in column)
+        else:
+            score = sum(max(m[j]) + abs(min(m[j])) for m in inputs)
+        scores.append(score)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def statistics_of(x: torch.Tensor):
+    x = x.double()
+    return Statistics((x.T @ x / len(x)).float(), x.mean(0).float(), x.var(0, correction=0).float())
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_scores_equal_the_formula_written_out(name):
+    generator = torch.Generator().manual_seed(0)
+    output, x = torch.randn(7, 9, generator=generator), torch.randn(40, 9, generator=generator) + 0.5
+    inputs = tuple(torch.randn(9, 7, generator=generator) for _ in range(2))
+    expected = naive_score(name, output.double(), x.double(), [m.double() for m in inputs])
+    found = ranking_named(name)(Scored(output, statistics_of(x), inputs))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def test_layers_are_ranked_by_the_sums_over_their_units(name, heads):
+    _, weights = dense_weights(heads)
+    s, layer = weights.structure, weights.layers[1]
+    statistics = list(calibrate(weights, tokens(5, 30)))[1]
+    ranking = rank_layer(name, layer, statistics, s)
+    scored = Scored(layer.down, statistics.ffn, (layer.gate, layer.up))
+    scores = ranking_named(name)(scored)[ranking.ffn]
+    assert (scores[1:] <= scores[:-1]).all()
+    # Query head h reads the values of kv-group h // g.
+    rows = torch.cat([layer.v[h // s.heads_per_group * s.head_dim :][: s.head_dim] for h in range(6)])
+    channel = ranking_named(name)(Scored(layer.o, statistics.attention, (rows,)))
+    groups = torch.stack([part.sum() for part in channel.split(s.group_rows)])
+    assert ranking.attention.tolist() == sorted(range(s.kv_groups), key=lambda g: -float(groups[g]))
+    assert sorted(ranking.ffn.tolist()) == list(range(s.channels))
+    assert ranking.ffn.dtype == ranking.attention.dtype == torch.int64
+
+
+def test_ties_go_to_the_lower_index():
+    _, weights = dense_weights()
+    layer = weights.layers[0]
+    down = torch.ones_like(layer.down)
+    down[:, 40] = 2
+    statistics = list(calibrate(weights, tokens()))[0]
+    ranking = rank_layer(
+        "magnitude", replace(layer, down=down, o=torch.ones_like(layer.o)), statistics, weights.structure
+    )
+    assert ranking.ffn.tolist() == [40, *range(40), *range(41, 64)]
+    assert ranking.attention.tolist() == [0, 1, 2]
+
+
+def test_rankings_disagree():
+    _, weights = dense_weights()
+    statistics = list(calibrate(weights, tokens()))[2]
+    orders = {tuple(rank_layer(n, weights.layers[2], statistics, weights.structure).ffn.tolist()) for n in RANKINGS}
+    assert len(orders) == len(RANKINGS)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="magnitude, wanda-sp, flap-wifv, maw"):
+        ranking_named("wanda")
