@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -177,6 +178,7 @@ def environment(device: str) -> dict[str, object]:
     return {
         "device": name,
         "threads": None if device == "cuda" else torch.get_num_threads(),
+        "load_average": None if device == "cuda" else os.getloadavg()[0],
         "torch": torch.__version__,
         "build": _C.build_info(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -34,7 +34,7 @@ void copy_bytes(char* target, const char* source, int64_t bytes, bool stream) {
 #ifdef PPF_X86
   if (stream && bytes >= 256) {
     const int64_t head = (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64;
-    std::memcpy(target, source, head);
+    if (head != 0) std::memcpy(target, source, head);
     int64_t at = head;
     for (; at + 64 <= bytes; at += 64) {
       for (int part = 0; part < 64; part += 16) {
@@ -42,7 +42,7 @@ void copy_bytes(char* target, const char* source, int64_t bytes, bool stream) {
         _mm_stream_si128(reinterpret_cast<__m128i*>(target + at + part), held);
       }
     }
-    std::memcpy(target + at, source + at, bytes - at);
+    if (at != bytes) std::memcpy(target + at, source + at, bytes - at);
     return;
   }
 #endif
@@ -153,6 +153,14 @@ PPF_COMPRESS void compress(uint32_t* out, const uint32_t* row, const std::vector
 }
 #endif
 
+// Runs shorter than this are over before a hardware prefetcher has caught on.
+constexpr int64_t kShortRun = 4096;
+
+void fetch_ahead(const void* run, int64_t bytes) {
+  if (bytes >= kShortRun) return;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(run) + at);
+}
+
 // Hardware prefetchers cannot follow scattered picks, so each part of a row is picked while the same part of the row
 // that comes next, `ahead`, is fetched in order.
 template <class Element>
@@ -163,7 +171,7 @@ void pick(Element* out, const Element* row, const char* ahead, int64_t row_bytes
   const int32_t* at = index.data();
   for (int64_t part = 0, fetched = 0; part < count; part += kPart) {
     for (const int64_t end = std::min(row_bytes, fetched + share); fetched < end; fetched += 64) {
-      __builtin_prefetch(ahead + fetched);
+      __builtin_prefetch(ahead + fetched, 0, 2);
     }
     const int64_t end = std::min(count, part + kPart);
     int64_t i = part;
@@ -184,7 +192,9 @@ void column_range(const GatherJob& job, const ColumnPlan& plan, bool stream, int
     const Element* source = static_cast<const Element*>(job.source) + row * job.source_stride;
     Element* target = static_cast<Element*>(job.target) + row * job.target_stride;
     if (!plan.runs.empty()) {
+      const int64_t next_row = row + 1 < last ? job.source_stride : 0;
       for (const Run& run : plan.runs) {
+        fetch_ahead(source + next_row + run.start, run.length * static_cast<int64_t>(sizeof(Element)));
         copy_bytes(reinterpret_cast<char*>(target), reinterpret_cast<const char*>(source + run.start),
                    run.length * static_cast<int64_t>(sizeof(Element)), stream);
         target += run.length;
