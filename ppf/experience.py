@@ -26,6 +26,9 @@ CREATE TABLE IF NOT EXISTS evaluations (
 );
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON evaluations BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON evaluations BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS no_replace BEFORE INSERT ON evaluations
+WHEN EXISTS (SELECT 1 FROM evaluations WHERE policy = NEW.policy OR id = NEW.id)
+BEGIN SELECT RAISE(ABORT, 'append-only: this policy is stored already'); END;
 """
 
 

@@ -48,9 +48,9 @@ def reference() -> Path:
     return REFERENCE
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One torch thread; see :func:`factories.one_thread`."""
+    """One torch thread, for a module's fixtures too; see :func:`factories.one_thread`."""
     with single_threaded():
         yield
 
