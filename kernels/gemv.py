@@ -5,8 +5,10 @@ program owns BN rows and walks the contraction; all programs are resident at onc
 the weight is held transposed and a kept unit is one contiguous row of the contraction: the programs split the kept
 rows, and a second kernel adds their partial sums in a fixed order (no float atomics: the same input, the same bits).
 
-One token is a plain multiply and sum; 2 to 16 tokens are padded to 16 and go through the matrix units, with the
-weight tile as the tall operand.
+In ``rows`` one token is a plain multiply and sum; 2 to 16 tokens are padded to 16 and go through the matrix units,
+with the weight tile as the tall operand; ``columns`` pads always. Tried on an H200 and no faster: starting the second
+kernel early (programmatic dependent launch) with a prefetch of its weights; letting the last program of a column tile
+add the partial sums instead of a second kernel.
 """
 
 from __future__ import annotations
@@ -105,14 +107,11 @@ def _segment(
 
 @triton.jit
 def rows_kernel(
-    x, w0, w1, index, in_entries, y, counters, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
+    x, w0, w1, index, in_entries, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
     INDEXED: tl.constexpr, PAIR: tl.constexpr, IN_KIND: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ZEROED: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program. ZEROED (a power of two) counters are set to zero for the kernel that follows."""
-    if ZEROED > 0:  # noqa: SIM102 (the outer one is decided by the compiler)
-        if tl.program_id(0) == 0:
-            tl.store(counters + tl.arange(0, ZEROED), tl.zeros([ZEROED], tl.int32))
+    """One tile a program."""
     _segment(
         x, w0, w1, index, in_entries, y, tl.program_id(0), width, tokens, depth, stride_x, stride_w0, stride_w1,
         stride_y, INDEXED, PAIR, IN_KIND, EVEN, PRECISION, T, BN, BK, STAGES,
@@ -148,22 +147,18 @@ def qkv_kernel(
 
 @triton.jit
 def columns_kernel(
-    x, w, index, partial, y, counters, tokens, depth, columns, chunk, stride_x, stride_w,
-    INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, LAST_ADDS: tl.constexpr, SPLITS: tl.constexpr,
+    x, w, index, partial, tokens, depth, columns, chunk, stride_x, stride_w,
+    INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [splits, tokens, columns] of x [tokens, depth] @ w[index], split s taking ``chunk`` kept rows.
-
-    LAST_ADDS: of the programs that share columns, the one that finishes last adds their partial sums, in the order of
-    the splits whoever is last, so that the bits do not depend on timing. ``counters`` holds a zero per column tile.
-    """
+    """Partial sums [splits, tokens, columns] of x [tokens, depth] @ w[index], split s taking ``chunk`` kept rows."""
     split = tl.program_id(1)
     column = tl.program_id(0) * BH + tl.arange(0, BH)
     token = tl.arange(0, T)
     lane = tl.arange(0, BC)
     first = split * chunk
     last = tl.minimum(first + chunk, depth)
-    acc = tl.zeros([BC, BH], tl.float32) if T == 1 else tl.zeros([T, BH], tl.float32)
+    acc = tl.zeros([T, BH], tl.float32)
     # The row numbers of the next step are read one step ahead, or every step would wait for them.
     following = tl.load(index + tl.minimum(first + lane, last - 1)) if INDEXED else lane
     for start in tl.range(first, last, BC, num_stages=STAGES):
@@ -176,26 +171,11 @@ def columns_kernel(
             row = tl.minimum(unit, last - 1)
         at = w + row[:, None].to(tl.int64) * stride_w + column[None, :]
         tile = tl.load(at) if EVEN else tl.load(at, mask=(column < columns)[None, :], other=0.0)
-        if T == 1:
-            one = tl.load(x + unit, mask=inside, other=0.0).to(tl.float32)[:, None]
-            acc += tile.to(tl.float32) * one
-        else:
-            wanted = (token < tokens)[:, None] & inside[None, :]
-            many = tl.load(x + token[:, None] * stride_x + unit[None, :], mask=wanted, other=0.0)
-            acc = tl.dot(many, tile, acc, input_precision=PRECISION)
-    if T == 1:
-        acc = tl.sum(acc, 0)[None, :]
+        wanted = (token < tokens)[:, None] & inside[None, :]
+        many = tl.load(x + token[:, None] * stride_x + unit[None, :], mask=wanted, other=0.0)
+        acc = tl.dot(many, tile, acc, input_precision=PRECISION)
     at = (split * tokens + token)[:, None] * columns + column[None, :]
-    wanted = (token < tokens)[:, None] & (column < columns)[None, :]
-    tl.store(partial + at, acc, mask=wanted)
-    if LAST_ADDS:
-        tl.debug_barrier()  # all of this program's sums are stored before it reports
-        if tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            at = token[:, None] * columns + column[None, :]
-            total = tl.zeros([T, BH], tl.float32)
-            for s in tl.static_range(SPLITS):
-                total += tl.load(partial + s * tokens * columns + at, mask=wanted, other=0.0, cache_modifier=".cg")
-            tl.store(y + at, total.to(y.dtype.element_ty), mask=wanted)
+    tl.store(partial + at, acc, mask=(token < tokens)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
@@ -223,38 +203,40 @@ def reduce_kernel(partial, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size)
 
 
-def _rows_config(tokens: int, width: int, depth: int, pair: bool) -> dict[str, int]:
-    """Tile of one program: enough programs that every multiprocessor holds some, enough bytes in flight in each."""
+def _rows_config(tokens: int, width: int, pair: bool, listed: bool) -> dict[str, int]:
+    """Tile of one program: all programs resident at once, 40 to 100 KB of weights in flight in each."""
     if tokens == 1:
-        if pair or depth % 256 == 0:
-            return {"T": 1, "BN": 16, "BK": 256, "STAGES": 4, "num_warps": 4}
-        return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4}
+        if pair:
+            return {"T": 1, "BN": 16, "BK": 256, "STAGES": 3, "num_warps": 4}
+        if listed:
+            return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4}
+        return {"T": 1, "BN": 8, "BK": 256, "STAGES": 6, "num_warps": 2}
     if pair:
-        return {"T": 16, "BN": 32, "BK": 256, "STAGES": 3, "num_warps": 4}
-    return {"T": 16, "BN": 32, "BK": 128, "STAGES": 6, "num_warps": 4}
+        return {"T": 16, "BN": 64, "BK": 128, "STAGES": 4, "num_warps": 4}
+    if width >= 4096 and not listed:
+        return {"T": 16, "BN": 64, "BK": 128, "STAGES": 6, "num_warps": 4}
+    return {"T": 16, "BN": 16, "BK": 256, "STAGES": 4, "num_warps": 2}
 
 
 def rows(
     x: Tensor, weights: tuple[Tensor, ...], index: Tensor | None, width: int,
     in_kind: int = 0, in_entries: Tensor | None = None, config: dict[str, int] | None = None,
-    counters: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [t, K] times kept rows of one weight; of two weights (gate, up): silu(gate)·up. Returns [t, width].
 
     ``index``: int32 [width] rows, None for the prefix. ``in_kind``/``in_entries``: which weight columns the K columns
-    of x stand for. ``counters``: int32, zeroed on the way for :func:`columns`. 1 <= t <= 16, width >= 1, K >= 1.
+    of x stand for. 1 <= t <= 16, width >= 1, K >= 1.
     """
     x = row_major(x)
     tokens, depth = x.shape
     y = x.new_empty(tokens, width)
-    c = dict(config or _rows_config(tokens, width, depth, len(weights) == 2))
+    c = dict(config or _rows_config(tokens, width, len(weights) == 2, in_kind != 0))
     w0, w1 = weights[0], weights[-1]
     rows_kernel[triton.cdiv(width, c["BN"]),](
         x, w0, w1, index if index is not None else x, in_entries if in_entries is not None else x, y,
-        counters if counters is not None else x,
         width, tokens, depth, x.stride(0), w0.stride(0), w1.stride(0), width,
         INDEXED=index is not None, PAIR=len(weights) == 2, IN_KIND=in_kind, EVEN=depth % c["BK"] == 0,
-        PRECISION=precision(x.dtype), ZEROED=0 if counters is None else counters.numel(), **c,
+        PRECISION=precision(x.dtype), **c,
     )  # fmt: skip
     return y
 
@@ -275,7 +257,7 @@ def qkv(
     x = row_major(x)
     tokens, depth = x.shape
     y = x.new_empty(tokens, q_width), x.new_empty(tokens, kv_width), x.new_empty(tokens, kv_width)
-    c = dict(config or _rows_config(tokens, q_width + 2 * kv_width, depth, False))
+    c = dict(config or _rows_config(tokens, q_width + 2 * kv_width, False, False))
     tiles = triton.cdiv(q_width, c["BN"]) + 2 * triton.cdiv(kv_width, c["BN"])
     indexed = q_index is not None
     qkv_kernel[tiles,](
@@ -286,38 +268,27 @@ def qkv(
     return y
 
 
-def _columns_config(tokens: int) -> dict[str, int]:
-    return {"T": 16, "BC": 128, "BH": 64, "STAGES": 4, "num_warps": 4, "WAVES": 3}
+COLUMNS = {"T": 16, "BC": 128, "BH": 64, "STAGES": 4, "num_warps": 4, "WAVES": 3}
 
 
-def counters_for(outputs: int, device: torch.device) -> Tensor:
-    """Uninitialised counters of one :func:`columns` call, to be zeroed by the :func:`rows` call before it."""
-    return torch.empty(triton.next_power_of_2(triton.cdiv(outputs, 64)), dtype=torch.int32, device=device)
-
-
-def columns(
-    x: Tensor, weight: Tensor, index: Tensor | None, config: dict[str, int] | None = None,
-    counters: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def columns(x: Tensor, weight: Tensor, index: Tensor | None, config: dict[str, int] | None = None) -> Tensor:
     """x [t, K] times kept rows of the transposed weight [units, columns]: [t, columns]. 1 <= t <= 16, K >= 1.
 
-    ``index``: int32 [K] rows, None for the prefix. ``counters``: zeros, one per 64 columns; spares the second launch.
+    ``index``: int32 [K] rows, None for the prefix.
     """
     x = row_major(x)
     tokens, depth = x.shape
     width = weight.shape[1]
-    c = dict(config or _columns_config(tokens))
+    c = dict(config or COLUMNS)
     tiles = triton.cdiv(width, c["BH"])
     splits = max(1, min(c.pop("WAVES") * multiprocessors(x.device) // tiles, triton.cdiv(depth, c["BC"])))
     chunk = triton.cdiv(triton.cdiv(depth, splits), c["BC"]) * c["BC"]
     splits = triton.cdiv(depth, chunk)
     partial = x.new_empty(splits, tokens, width, dtype=torch.float32)
-    y = x.new_empty(tokens, width)
     columns_kernel[tiles, splits](
-        x, weight, index if index is not None else x, partial, y, counters if counters is not None else x,
-        tokens, depth, width, chunk, x.stride(0), weight.stride(0), INDEXED=index is not None,
-        EVEN=width % c["BH"] == 0, PRECISION=precision(x.dtype), LAST_ADDS=counters is not None, SPLITS=splits, **c,
+        x, weight, index if index is not None else x, partial, tokens, depth, width, chunk, x.stride(0),
+        weight.stride(0), INDEXED=index is not None, EVEN=width % c["BH"] == 0, PRECISION=precision(x.dtype), **c,
     )  # fmt: skip
-    if counters is None:
-        reduce_kernel[triton.cdiv(y.numel(), 256),](partial, y, y.numel(), SPLITS=splits, BLOCK=256, num_warps=2)
+    y = x.new_empty(tokens, width)
+    reduce_kernel[triton.cdiv(y.numel(), 256),](partial, y, y.numel(), SPLITS=splits, BLOCK=256, num_warps=2)
     return y

@@ -120,10 +120,14 @@ def linear(
 
 
 def tiles_config(tokens: int, width: int, device: torch.device) -> dict[str, int]:
-    """Tile of the copy-engine kernel: one program a multiprocessor, five steps deep, if one wave holds all tiles."""
-    if triton.cdiv(tokens, 128) * triton.cdiv(width, 128) <= multiprocessors(device):
+    """Tile of the copy-engine kernel: the one whose last wave of programs is fullest."""
+    small, large = (triton.cdiv(tokens, m) * triton.cdiv(width, 128) for m in (128, 256))
+    one, two = multiprocessors(device), 2 * multiprocessors(device)
+    if small <= one:
         return {"BM": 128, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 5}
-    return {"BM": 128, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    if large / (triton.cdiv(large, one) * one) >= small / (triton.cdiv(small, two) * two) - 0.02:
+        return {"BM": 256, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+    return {"BM": 128, "BN": 128, "GROUP": 16, "num_warps": 4, "num_stages": 3}
 
 
 def linear_tiles(x: Tensor, weight: Tensor, in_blocks: Tensor, config: dict[str, int] | None = None) -> Tensor:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_cases import DEVICE, DTYPES, INTERPRETED, interpreted, on_kernels, selections, within_twice
+from masked_cases import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    interpreted,
+    kernel_selections,
+    on_kernels,
+    selections,
+    within_twice,
+)
 
 from ppf.errors import InputError
 from ppf.ops.grouped import grouped_masked_swiglu
@@ -130,9 +139,7 @@ def test_gate_up_kernels(tokens, dtype):
     x, gate, up, _ = operands(tokens, dtype)
     small = {"T": 1 if tokens == 1 else 16, "BN": 32, "BK": 64, "STAGES": 2, "num_warps": 4} if INTERPRETED else None
     tile = {"BM": 64, "BN": 64, "BK": 64, "GROUP": 2, "num_warps": 4, "num_stages": 3} if INTERPRETED else None
-    for s in selections(CHANNELS):
-        if s.width == 0:
-            continue
+    for s in kernel_selections(CHANNELS):
         kept = s.take(gate, 0), s.take(up, 0)
         wanted = hidden(x, *kept), hidden(x.double(), *(w.double() for w in kept))
         if tokens <= gemv.MAX_TOKENS:

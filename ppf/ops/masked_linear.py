@@ -85,12 +85,12 @@ def masked_linear_reference(
 
 def masked_linear_cuda(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None, in_kind: int, in_width: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool, counters: Tensor | None = None,
+    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """The choice on a GPU. ``counters``: zeros left by the kernel before, see ``ppf.kernels.gemv.columns``."""
+    """The choice on a GPU, see ``dispatch``."""
     path = dispatch.linear_path(x, weight, out_kind, out_width, in_kind, in_width, transposed)
     if path in ("rows", "columns"):
-        return _small(x, weight, path, out_width, out_rows, in_kind, in_rows, in_blocks, counters)
+        return _small(x, weight, path, out_width, out_rows, in_kind, in_rows, in_blocks)
     if path == "tiles":
         from ppf.kernels import masked_linear as tiles
 
@@ -108,12 +108,12 @@ def masked_linear_cuda(
 
 def _small(
     x: Tensor, weight: Tensor, path: str, out_width: int, out_rows: Tensor | None, in_kind: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, counters: Tensor | None,
+    in_rows: Tensor | None, in_blocks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     from ppf.kernels import gemv
 
     if path == "columns":
-        return gemv.columns(x, weight.narrow(1, 0, out_width), in_rows, counters=counters)
+        return gemv.columns(x, weight.narrow(1, 0, out_width), in_rows)
     if in_kind == UNIQUE:
         # Scattered columns touch nearly every 32-byte sector of a row: read whole rows against x put back in place.
         x = gemv.expand(x, in_rows, weight.shape[1])

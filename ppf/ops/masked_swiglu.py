@@ -75,16 +75,15 @@ def _hidden_reference(x: Tensor, gate: Tensor, up: Tensor, width: int, rows: Ten
 
 
 def _hidden_cuda(
-    x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int, rows: Tensor | None, blocks: Tensor | None,
-    counters: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int, rows: Tensor | None, blocks: Tensor | None
+) -> Tensor:
     path = dispatch.hidden_path(x, gate, up, kind, width)
     if path == "reference":
         return _hidden_reference(x, gate, up, width, rows)
     if path == "rows":
         from ppf.kernels import gemv
 
-        return gemv.rows(x, (gate, up), rows, width, counters=counters)
+        return gemv.rows(x, (gate, up), rows, width)
     from ppf.kernels import masked_swiglu as tiles
 
     if path == "tiles":
@@ -99,13 +98,8 @@ def _masked_swiglu_cuda(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
     blocks: Tensor | None, down_transposed: bool,
 ) -> Tensor:  # fmt: skip
-    hidden, counters = gate.shape[1], None
-    if down_transposed and dispatch.hidden_path(x, gate, up, kind, width) == "rows":
-        from ppf.kernels import gemv
-
-        counters = gemv.counters_for(hidden, x.device)
-    act = _hidden_cuda(x, gate, up, kind, width, rows, blocks, counters)
-    return masked_linear_cuda(act, down, PREFIX, hidden, None, kind, width, rows, blocks, down_transposed, counters)
+    act = _hidden_cuda(x, gate, up, kind, width, rows, blocks)
+    return masked_linear_cuda(act, down, PREFIX, gate.shape[1], None, kind, width, rows, blocks, down_transposed)
 
 
 def _masked_swiglu_fake(
