@@ -1,0 +1,91 @@
+"""Proposals of the fit loop: distinct, new, reproducible, and where they are useful."""
+
+from collections import Counter
+
+import pytest
+import torch
+from factories import synthetic_log_perplexity, synthetic_rows
+
+from ppf.collection import learn
+from ppf.errors import InputError, PPFError
+from ppf.exploration import check_evaluations, frontier, initial_proposals, next_proposals
+from ppf.grid import Grid
+from ppf.sampling import random_levels, random_ratios, uniform_policy
+from ppf.structure import Structure
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 8)
+SMALL = Grid(Structure(1, 48, 2, 1, 8, 64), 16)  # 2 · 5 policies
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    return synthetic_rows(GRID, random_levels(GRID, random_ratios(60, generator), generator))
+
+
+@pytest.fixture(scope="module")
+def fitted(rows):
+    return learn(GRID, rows, 0, torch.device("cpu"), effort=0.05)
+
+
+def test_initial_proposals_are_distinct_and_hold_the_anchors():
+    found = initial_proposals(GRID, 80, seed=0)
+    policies = [policy for policy, _ in found]
+    assert len(policies) == len(set(policies)) == 80
+    assert found[0] == (GRID.dense(), "dense")
+    assert [p for p, source in found if source == "uniform"] == [
+        uniform_policy(GRID, r) for r in (0.1, 0.2, 0.3, 0.4, 0.5)
+    ]
+    assert Counter(source for _, source in found) == {"dense": 1, "uniform": 5, "random": 74}
+    assert found == initial_proposals(GRID, 80, seed=0) != initial_proposals(GRID, 80, seed=1)
+
+
+def test_next_proposals_are_new_and_mixed(rows, fitted):
+    found = next_proposals(fitted.agent, fitted.predictor, rows, 40, seed=3)
+    policies = [policy for policy, _ in found]
+    assert len(set(policies)) == 40 and not set(policies) & {row.policy for row in rows}
+    sources = Counter(source for _, source in found)
+    assert set(sources) == {"agent", "agent-noise", "neighbour"} and min(sources.values()) >= 6
+    assert found == next_proposals(fitted.agent, fitted.predictor, rows, 40, seed=3)
+    assert found != next_proposals(fitted.agent, fitted.predictor, rows, 40, seed=4)
+    for policy in policies:
+        GRID.check(policy)
+        assert 0.03 < GRID.ratio(policy) < 0.72
+
+
+def test_the_frontier_is_the_best_near_each_ratio(rows):
+    chosen = GRID.decode(frontier(GRID, rows, 30, torch.Generator().manual_seed(0)))
+    by_policy = {row.policy: row for row in rows}
+    for policy in chosen:
+        me = by_policy[policy]
+        near = [row for row in rows if abs(row.ratio - me.ratio) < 1e-9]
+        assert me.log_perplexity == min(row.log_perplexity for row in near)
+    assert len(set(chosen)) > 8
+
+
+def test_neighbours_are_better_than_chance(rows, fitted):
+    """Screened by a predictor, mutants of good policies beat random policies of the same ratios in truth."""
+    found = next_proposals(fitted.agent, fitted.predictor, rows, 60, seed=5)
+    levels = GRID.encode([policy for policy, source in found if source == "neighbour"])
+    ratio = (1 - GRID.kept(levels) / GRID.structure.decoder_parameters).float()
+    chance = random_levels(GRID, ratio, torch.Generator().manual_seed(9))
+    ours, theirs = (synthetic_log_perplexity(GRID, x).mean() for x in (levels, chance))
+    assert ours < theirs - 0.03
+
+
+def test_small_models_are_refused_instead_of_searched_for_ever():
+    with pytest.raises(InputError, match="10 policies"):
+        check_evaluations(24, SMALL)
+    check_evaluations(24, GRID)
+    with pytest.raises(PPFError, match="too few"):
+        initial_proposals(SMALL, 24, seed=0)
+
+
+def test_next_proposals_of_an_exhausted_model_are_refused():
+    grid = Grid(Structure(2, 48, 2, 1, 8, 32), 16)
+    every = [p for p, _ in initial_proposals(grid, 20, seed=0)]
+    measured = synthetic_rows(grid, grid.encode(every))
+    fitted = learn(grid, measured, 0, torch.device("cpu"), effort=0.05)
+    with pytest.raises(PPFError, match="too few"):
+        next_proposals(fitted.agent, fitted.predictor, measured, 40, seed=0)
