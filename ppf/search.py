@@ -45,21 +45,21 @@ class Search:
         self.measured: dict[Policy, float] = {}
 
     def run(self, evaluations: int, progress: Progress = silent) -> tuple[Policy, float]:
-        """The best policy found with ``evaluations`` measured policies, and its measured log-perplexity.
+        """The best policy found with ``evaluations`` true evaluations, and its measured log-perplexity.
 
-        Policies that the store already holds count too, but take no time. Raises ``InputError`` for fewer than one,
-        and for more than the budget has policies.
+        Policies that the store already holds are free. Raises ``InputError`` for fewer than one evaluation, and for
+        more than the budget has policies.
         """
         if evaluations < 1:
             raise InputError("search", evaluations, "measures nothing", "Use at least 1 evaluation")
         batch = max(4, min(25, evaluations // 8))
-        pool = self._start()
-        while len(self.measured) < evaluations:
-            for policy in self._unmeasured(pool, min(batch, evaluations - len(self.measured))):
+        pool, before = self._start(), len(self.experience)
+        while (spent := len(self.experience) - before) < evaluations:
+            for policy in self._unmeasured(pool, min(batch, evaluations - spent)):
                 value = measure(self.evaluator, self.experience, policy, SEARCH_ROUND, "search")
                 self.measured[policy] = value
-                progress("search", len(self.measured), evaluations)
-            if len(self.measured) < evaluations:
+                progress("search", len(self.experience) - before, evaluations)
+            if len(self.experience) - before < evaluations:
                 self._refit()
                 pool = self._breed()
         best = min(self.measured, key=self.measured.__getitem__)
