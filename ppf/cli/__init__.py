@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .demo import demo
 from .eval import evaluate
 from .failures import Commands
 from .fit import fit
@@ -21,6 +22,7 @@ app.command("prune")(prune)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("info")(info)
+app.command("demo")(demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,154 @@
+"""``ppf demo``: the whole path on the bundled model, checked from outside.
+
+Every result is reloaded in a new process and scored on a part of the text that the fit never saw. The uniform policy
+gets the same ranking, the same refit and the same treatment: only the policy differs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import InputError, PPFError
+from .console import progress_bars, show
+from .options import Json
+from .policy import predicted
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+    from ..results import Choice
+    from ..run import Run
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+_MODEL, _TEXT = DATA / "tiny-2m", DATA / "sample.txt"
+_RATIOS = (0.2, 0.3, 0.5)
+_HELD_OUT_SHARE = 0.2
+_SEQUENCE_LENGTH = 512
+
+
+def demo(
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep run and checkpoints here.")] = None,
+    evaluations: Annotated[int, typer.Option(help="Policies that the fit measures.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Fit the bundled 1.8M-parameter Llama, prune it at 20, 30 and 50 %, reload each result, compare. CPU, minutes."""
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ppf-demo-")))
+        if output is not None:
+            _require_new(output)
+        progress = stack.enter_context(progress_bars())
+        fitting, held_out = _split_text(folder)
+        run = _fit(fitting, folder / "run", evaluations, progress)
+        data = _compare(run, folder, held_out, progress)
+    data |= {"fit_seconds": run.manifest["seconds"], "seconds": time.perf_counter() - start, "evaluations": evaluations}
+    show(as_json, data, _table(data), _explanation(data, output))
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("output", folder, "exists and is not empty", "Name a new folder")
+
+
+def _split_text(folder: Path) -> tuple[Path, Path]:
+    """Two files in ``folder``: what is fitted on, and the last fifth of the text, which nothing but the end sees."""
+    from ..files import write_text
+
+    text = _TEXT.read_text(encoding="utf-8")
+    cut = text.index("\n", int(len(text) * (1 - _HELD_OUT_SHARE))) + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    fitting, held_out = folder / "fit.txt", folder / "held-out.txt"
+    write_text(fitting, text[:cut])
+    write_text(held_out, text[cut:])
+    return fitting, held_out
+
+
+def _fit(text: Path, output: Path, evaluations: int, progress: Progress) -> Run:
+    from ..fitting import fit
+    from ..settings import Settings
+
+    settings = Settings(evaluations=evaluations, sequence_length=_SEQUENCE_LENGTH)
+    return fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress)
+
+
+def _compare(run: Run, folder: Path, held_out: Path, progress: Progress) -> dict[str, Any]:
+    from ..results import Choice, choose
+    from ..sampling import uniform_policy
+
+    total, rows = 1 + 2 * len(_RATIOS), []
+    progress("demo", 0, total)
+    dense = _in_new_process(_MODEL, held_out)
+    progress("demo", 1, total)
+    for ratio in _RATIOS:
+        row = {"requested_ratio": ratio}
+        for name in ("uniform", "ppf"):
+            start = time.perf_counter()
+            choice = choose(run, ratio) if name == "ppf" else Choice(uniform_policy(run.grid, ratio), "uniform", ratio)
+            row[name] = _deliver(run, choice, folder / f"{name}-{round(100 * ratio)}", held_out, start)
+            progress("demo", 1 + len(rows) * 2 + len(row) - 1, total)
+        rows.append(row)
+    return {"dense": dense, "rows": rows}
+
+
+def _deliver(run: Run, choice: Choice, output: Path, held_out: Path, start: float) -> dict[str, Any]:
+    """One result: written, reloaded in a new process, and its figures on both texts."""
+    from ..results import deliver
+
+    report = deliver(run, choice, output)
+    seconds = time.perf_counter() - start
+    names = ("delivered_ratio", "policy", "parameters", "predicted", "measured")
+    return {name: report[name] for name in names} | {"held_out": _in_new_process(output, held_out), "seconds": seconds}
+
+
+def _in_new_process(model: Path, text: Path) -> dict[str, Any]:
+    """What ``ppf eval --json`` says about ``model`` in a process that knows nothing but its folder."""
+    command = [sys.executable, "-m", "ppf.cli", "eval", str(model), "--text", str(text), "--device", "cpu", "--json"]
+    command += ["--sequence-length", str(_SEQUENCE_LENGTH)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise PPFError(f"{' '.join(command)} failed with code {done.returncode}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)
+
+
+def _table(data: dict[str, Any]) -> Table:
+    table = Table(title="tiny-2m pruned: perplexity (lower is better)", title_justify="left")
+    titles = ("asked", "removed", "held-out: dense", "uniform", "PPF", "evaluation split: PPF", "predicted", "seconds")
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in data["rows"]:
+        ppf, guess = row["ppf"], row["ppf"]["predicted"]
+        removed = ppf["parameters"]["dense"] - ppf["parameters"]["pruned"]
+        table.add_row(
+            f"{row['requested_ratio']:.0%}",
+            f"{removed:,} ({ppf['delivered_ratio']:.1%})",
+            f"{data['dense']['perplexity']:.2f}",
+            f"{row['uniform']['held_out']['perplexity']:.2f}",
+            f"{ppf['held_out']['perplexity']:.2f}",
+            f"{ppf['measured']['perplexity']:.2f}",
+            predicted(guess["log_perplexity"], guess["log_perplexity_std"]),
+            f"{ppf['seconds']:.1f}",
+        )
+    return table
+
+
+def _explanation(data: dict[str, Any], output: Path | None) -> str:
+    held_out, split = (part["protocol"] for part in (data["dense"], data["rows"][0]["ppf"]["measured"]))
+    kept = f"Run and checkpoints: {output}" if output else "Run and checkpoints were temporary; keep them with --output"
+    return (
+        f"Text: ppf/data/sample.txt, sampled from a 14M Llama. Held-out: its last fifth, {held_out['tokens']:,} "
+        f"tokens, never fitted on, scored by `ppf eval` in a new process.\nEvaluation split: {split['tokens']:,} tokens of the "
+        f"rest, on which the fit measured policies and the predictor predicts. Sequences of {_SEQUENCE_LENGTH}.\n"
+        "Uniform: every sub-layer keeps the same share, with the same ranking and refit. Removed: parameters of the "
+        f"model, and their share of the decoder layers.\n{data['evaluations']} policies measured in a fit of "
+        f"{data['fit_seconds']:.0f} s; everything took {data['seconds']:.0f} s. "
+        f"Seconds: agent, materialise, score, write.\n{kept}"
+    )
