@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .forward import attention_inner, ffn_inner, norm, rope
 from .text import batches
-from .weights import DecoderWeights
+from .weights import DecoderWeights, LayerWeights
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,32 @@ class _Accumulator:
         return Statistics(gram, mean, (gram.diagonal() - mean.square()).clamp_min(0))
 
 
-@torch.no_grad()
 def calibrate(weights: DecoderWeights, sequences: Tensor) -> Iterator[LayerStatistics]:
     """Yield every layer's statistics in order, from one dense pass over int64 ``sequences`` [N, T].
 
-    ``weights`` are the dense model's, in any unit order; the statistics' channels stand in that same order.
+    ``weights`` are the dense model's, in any unit order; the statistics' channels stand in that same order. Nothing
+    here keeps what was yielded: a caller that lets it go has one layer's Grams in memory at a time.
     """
-    s = weights.structure
     cos_sin = rope(weights, sequences.shape[1])
     hidden = [F.embedding(batch.to(weights.device), weights.embedding) for batch in batches(sequences, weights.device)]
     for layer in weights.layers:
-        attention = _Accumulator(s.kv_groups * s.group_rows, weights.device)
-        ffn = _Accumulator(s.channels, weights.device)
-        for x in hidden:
-            inner = attention_inner(norm(x, layer.attention_norm, weights.epsilon), layer, s, cos_sin, s.kv_groups)
-            attention.add(inner)
-            x += F.linear(inner, layer.o)
-            inner = ffn_inner(norm(x, layer.ffn_norm, weights.epsilon), layer, s.channels)
-            ffn.add(inner)
-            x += F.linear(inner, layer.down)
-        result = LayerStatistics(attention.finish(), ffn.finish())
-        del attention, ffn
-        yield result
-        del result
+        # No name for the result, and no decorator around the generator: either would hold it during the next layer.
+        yield _advance(weights, layer, hidden, cos_sin)
+
+
+@torch.no_grad()
+def _advance(
+    weights: DecoderWeights, layer: LayerWeights, hidden: list[Tensor], cos_sin: tuple[Tensor, Tensor]
+) -> LayerStatistics:
+    """Statistics of one layer over all batches of ``hidden`` [B, T, hidden], which then hold the layer's output."""
+    s = weights.structure
+    attention = _Accumulator(s.kv_groups * s.group_rows, weights.device)
+    ffn = _Accumulator(s.channels, weights.device)
+    for x in hidden:
+        inner = attention_inner(norm(x, layer.attention_norm, weights.epsilon), layer, s, cos_sin, s.kv_groups)
+        attention.add(inner)
+        x += F.linear(inner, layer.o)
+        inner = ffn_inner(norm(x, layer.ffn_norm, weights.epsilon), layer, s.channels)
+        ffn.add(inner)
+        x += F.linear(inner, layer.down)
+    return LayerStatistics(attention.finish(), ffn.finish())

@@ -127,19 +127,26 @@ class Run:
 
     @cached_property
     def ranking(self) -> list[LayerRanking]:
-        files = (self._tensors(layer_file("statistics", index)) for index in range(self.structure.layers))
-        return [LayerRanking(t["ranking.attention"], t["ranking.ffn"]) for t in files]
+        names = "ranking.attention", "ranking.ffn"
+        files = (layer_file("statistics", index) for index in range(self.structure.layers))
+        return [LayerRanking(*map(self._tensors(file, *names).get, names)) for file in files]
 
     @cached_property
     def library(self) -> Library:
         """All refits, on the device, in the checkpoint's dtype."""
         layers = self.weights.permuted(self.ranking).layers
-        pairs = [load_refits(self._tensors(layer_file("library", index)), layer) for index, layer in enumerate(layers)]
+        names = [f"{part}.{level}" for part, levels in self._levels().items() for level in ("error", *range(levels))]
+        files = (layer_file("library", index) for index in range(self.structure.layers))
+        pairs = [load_refits(self._tensors(f, *names), layer) for f, layer in zip(files, layers, strict=True)]
         return Library([attention for attention, _ in pairs] + [ffn for _, ffn in pairs])
+
+    def _levels(self) -> dict[str, int]:
+        """Levels of each kind of sub-layer that a library file holds: all but the highest, which is the dense one."""
+        return {"attention": self.grid.maximum[0], "ffn": self.grid.maximum[-1]}
 
     def sequences(self, part: str = "evaluation") -> Tensor:
         """Token sequences int64 [N, T] of "calibration" or "evaluation"."""
-        return self._tensors("texts.safetensors")[part].to(torch.int64)
+        return self._tensors("texts.safetensors", part)[part].to(torch.int64)
 
     def evaluator(
         self, dtype: torch.dtype | None = None, refit: bool = True, sequences: Tensor | None = None
@@ -169,11 +176,16 @@ class Run:
             raise self._damaged(name, error) from None
         return module.eval()
 
-    def _tensors(self, name: str | Path) -> dict[str, Tensor]:
+    def _tensors(self, name: str | Path, *needed: str) -> dict[str, Tensor]:
+        """The tensors of one file of this run; raises ``InputError`` if it is damaged or lacks one that is needed."""
         try:
-            return load_file(self.path / name)
+            tensors = load_file(self.path / name)
         except (OSError, SafetensorError) as error:
             raise self._damaged(name, error) from None
+        for tensor in needed:
+            if tensor not in tensors:
+                raise self._damaged(name, KeyError(tensor))
+        return tensors
 
     def _damaged(self, name: str | Path, error: Exception) -> InputError:
         remedy = "Start the same `ppf fit` command again if it was not finished, or fit a new run"

@@ -1,0 +1,196 @@
+"""A finished run: answers, evaluators, models, and what happens when one of its files is damaged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import llama, llama_config
+from safetensors.torch import load_file, save_file
+
+import ppf
+from ppf.errors import InputError
+from ppf.policy import Policy
+from ppf.run import MANIFEST, Run, layer_file
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(tiny_run) -> Run:
+    return Run(tiny_run / "run")
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path) -> Path:
+    """A copy of the run, which a test may damage."""
+    return Path(shutil.copytree(tiny_run / "run", tmp_path / "run"))
+
+
+def rewrite(folder: Path, **changes) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+def test_answers_meet_their_ratio(run):
+    step = min(run.grid.step_cost) / run.structure.decoder_parameters
+    for ratio in (0.05, 0.123, 0.37, 0.5, 0.7, 0.9):
+        answer = run.policy(ratio)
+        assert abs(answer.delivered_ratio - ratio) <= step / 2 + 1e-6 and answer.requested_ratio == ratio
+        assert answer.delivered_ratio == run.grid.ratio(answer.policy)
+        prediction = run.predict(answer.policy)
+        assert answer.predicted_log_perplexity == float(prediction.mean) and answer.predicted_std == float(
+            prediction.std
+        )
+        assert answer.milliseconds > 0
+    assert run.policy(np.float64(0.37)).policy == run.policy(0.37).policy == Run(run.path).policy(0.37).policy
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.2, float("nan"), 0.9999])
+def test_impossible_ratios_are_refused(run, ratio):
+    with pytest.raises(InputError) as caught:
+        run.policy(ratio)
+    assert caught.value.field == "ratio"
+
+
+def test_answers_need_no_weights(tiny_run, copied):
+    rewrite(copied, model=str(copied / "nowhere"))
+    run = Run(copied)
+    assert run.policy(0.3).policy == Run(tiny_run / "run").policy(0.3).policy
+    with pytest.raises(InputError):
+        run.materialize(run.grid.dense())
+
+
+def test_nothing_is_answered_before_completion(copied):
+    rewrite(copied, state="fitting")
+    run = Run(copied)
+    for call in (lambda: run.policy(0.3), lambda: run.predict(run.grid.dense())):
+        with pytest.raises(InputError, match="not finished.*goes on") as caught:
+            call()
+        assert caught.value.field == "run"
+
+
+def test_evaluation_repeats_what_the_experience_holds(run):
+    evaluator = run.evaluator()
+    for row in run.experience.rows()[::9]:
+        assert evaluator.log_perplexity(row.policy) == pytest.approx(row.log_perplexity, rel=1e-6)
+        assert run.grid.ratio(row.policy) == row.ratio
+    assert run.experience.rows()[0].policy == run.grid.dense()
+
+
+def test_evaluators_of_other_texts_and_without_refit(run):
+    policy = run.policy(0.4).policy
+    plain = run.evaluator().log_perplexity(policy)
+    assert run.evaluator(refit=False).log_perplexity(policy) != pytest.approx(plain, rel=1e-4)
+    other = run.sequences("calibration")[:4]
+    assert run.evaluator(sequences=other).tokens == other.numel() != run.evaluator().tokens
+    assert run.evaluator(dtype=torch.bfloat16).log_perplexity(policy) == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_materialised_saved_and_loaded_computes_what_was_evaluated(run, tmp_path, refit):
+    policy = run.policy(0.4).policy
+    model = run.materialize(policy, refit=refit)
+    ppf.save(model, None, tmp_path / "out", {})
+    again, evaluator, ids = ppf.load(tmp_path / "out"), run.evaluator(refit=refit), run.sequences()
+    with torch.no_grad():
+        logits = again(ids).logits
+        assert float(again(ids, labels=ids).loss) == pytest.approx(evaluator.log_perplexity(policy), rel=1e-5)
+    expected = evaluator.logits(policy, ids)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert again.config.eos_token_id == run.dense.config.eos_token_id
+
+
+def test_a_policy_off_the_grid_is_refused(run):
+    for call in (run.predict, run.materialize, run.evaluator().log_perplexity):
+        with pytest.raises(InputError, match="off the grid"):
+            call(Policy([3] * 4, [63] * 4))
+
+
+def test_another_model_in_its_place_is_refused(tiny_run, copied, tmp_path):
+    other = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    rewrite(copied, model=str(other))
+    assert Run(copied).dense is not None  # moved, but the same
+    llama(llama_config(), seed=1).save_pretrained(other)
+    with pytest.raises(InputError, match="is not the model") as caught:
+        Run(copied).evaluator()
+    assert caught.value.field == "model"
+
+
+# What reads each file.
+READERS = {
+    "agent.safetensors": lambda run: run.policy(0.3),
+    "predictor.safetensors": lambda run: run.predict(run.grid.dense()),
+    "texts.safetensors": lambda run: run.sequences(),
+    str(layer_file("statistics", 2)): lambda run: run.evaluator(),
+    str(layer_file("library", 3)): lambda run: run.evaluator(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "other tensors"])
+def test_damaged_files_are_named(copied, name, damage):
+    file = copied / name
+    READERS[name](Run(copied))
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    elif damage == "garbage":
+        file.write_bytes(b"\xff" * 300)
+    else:
+        tensors = load_file(file)
+        tensors.pop(min(tensors))
+        save_file({**tensors, "unknown": torch.zeros(3)}, file)
+        if name.startswith("statistics"):  # only the ranking is read from there
+            save_file({"ranking.ffn": torch.arange(64)}, file)
+        if name.startswith("texts"):
+            save_file({"calibration": torch.zeros(2, 3)}, file)
+    with pytest.raises(InputError) as caught:
+        READERS[name](Run(copied))
+    assert caught.value.field == "run" and caught.value.value == file and "fit" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["agent.safetensors", "predictor.safetensors"])
+def test_networks_of_another_structure_are_refused(copied, name):
+    tensors = load_file(copied / name)
+    save_file(
+        {key: torch.cat((value, value)) if value.dim() else value for key, value in tensors.items()}, copied / name
+    )
+    with pytest.raises(InputError, match="size mismatch"):
+        READERS[name](Run(copied))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "{}", '{"state": "complete"}', '{"settings": {"evaluations": 1}, "state": "complete"}'],
+)
+def test_unreadable_manifests_are_refused(copied, content):
+    (copied / MANIFEST).write_text(content)
+    with pytest.raises(InputError, match=MANIFEST):
+        Run(copied)
+
+
+@pytest.mark.parametrize("field", ["model", "fingerprint", "structure", "settings", "texts", "state"])
+def test_manifests_without_a_field_are_refused(copied, field):
+    manifest = json.loads((copied / MANIFEST).read_text())
+    for broken in ({k: v for k, v in manifest.items() if k != field}, manifest | {field: 7}):
+        (copied / MANIFEST).write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=MANIFEST):
+            Run(copied)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        Run(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=MANIFEST):
+        Run(tmp_path)
+
+
+def test_a_corrupt_experience_is_refused(copied):
+    (copied / "experience.sqlite").write_bytes(b"\x00garbage" * 1000)
+    with pytest.raises(InputError) as caught:
+        _ = Run(copied).experience
+    assert caught.value.field == "experience"
