@@ -52,6 +52,16 @@ def test_dense_policy_has_the_models_loss(heads, tied):
     assert ours.tokens == IDS.numel()
 
 
+def test_scaled_rotary_embeddings_as_in_llama_3():
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model, weights = dense_weights(rope_parameters=rope | {"original_max_position_embeddings": 64}, head_dim=24)
+    ours, (_, plain) = evaluator(weights, random_ranking(weights.structure)), dense_weights(head_dim=24)
+    expected = hf_loss(model)
+    assert ours.log_perplexity(ours.grid.dense()) == pytest.approx(expected, rel=1e-5)
+    other = evaluator(plain, random_ranking(weights.structure)).log_perplexity(ours.grid.dense())
+    assert abs(other - expected) > 1e-3  # the scaling matters
+
+
 @pytest.mark.parametrize("heads", ["mha", "gqa"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_masked_policies_are_the_model_with_zeroed_columns(heads, policy):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import quick_learning, track_grams, write_checkpoint, write_text
+from safetensors.torch import load_file, save_file
 
 import ppf
 from ppf import fitting
@@ -182,6 +183,17 @@ def test_mistakes_leave_nothing_behind(tiny_run, tmp_path, changes, field):
     with pytest.raises(InputError) as caught:
         fit(tiny_run, tmp_path / "run", **changes)
     assert caught.value.field == field and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_damaged_weights_leave_nothing_behind(tiny_run, tmp_path, value):
+    model = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="NaN or Inf"):
+        fit(tiny_run, tmp_path / "run", model=model)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
