@@ -247,7 +247,7 @@ def row(
     result |= {f"{name}_us": round(t * 1e6, 2) for name, t in peers.items()}
     result |= {f"times_faster_than_{name}": round(t / took, 3) for name, t in peers.items()}
     print(
-        f"{op:21} {model} keep {keep:.2f} t={tokens:<5} {selection:28} {took * 1e6:8.1f} us  limit {limit / took:5.1%}  "
+        f"{op:21} {model} keep {keep:.2f} t={tokens:<5} {selection:28} {took * 1e6:8.1f} us limit {limit / took:5.1%}  "
         + "  ".join(f"{name} x{t / took:.2f}" for name, t in peers.items()),
         flush=True,
     )

@@ -84,13 +84,13 @@ def _contract_rows(
 
 
 @triton.jit
-def _segment(
-    x, w0, w1, index, in_entries, y, tile, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
+def rows_kernel(
+    x, w0, w1, index, in_entries, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
     INDEXED: tl.constexpr, PAIR: tl.constexpr, IN_KIND: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [tile·BN, tile·BN+BN) of one weight (or, PAIR, of silu(gate)·up), stored to y [tokens, width]."""
-    n = tile * BN + tl.arange(0, BN)
+    """Outputs [BN·program, BN·program+BN) of one weight (or, PAIR, of silu(gate)·up): y [tokens, width]."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(n, width - 1)
     if INDEXED:
         rows = tl.load(index + rows)
@@ -106,43 +106,41 @@ def _segment(
 
 
 @triton.jit
-def rows_kernel(
-    x, w0, w1, index, in_entries, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y,
-    INDEXED: tl.constexpr, PAIR: tl.constexpr, IN_KIND: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One tile a program."""
-    _segment(
-        x, w0, w1, index, in_entries, y, tl.program_id(0), width, tokens, depth, stride_x, stride_w0, stride_w1,
-        stride_y, INDEXED, PAIR, IN_KIND, EVEN, PRECISION, T, BN, BK, STAGES,
-    )  # fmt: skip
-
-
-@triton.jit
 def qkv_kernel(
-    x, q, k, v, q_index, kv_index, y_q, y_k, y_v, q_width, kv_width, tokens, depth, stride_x, stride_q, stride_k,
-    stride_v, INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x, q, k_offset, v_offset, q_index, kv_index, y_q, y_k, y_v, q_width, kv_width, tokens, depth, stride_x, stride_w,
+    INDEXED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q, k and v in one launch: outputs [tokens, q_width] and twice [tokens, kv_width]."""
-    tile = tl.program_id(0)
+    """q, k and v in one launch: outputs [tokens, q_width] and twice [tokens, kv_width].
+
+    k and v are given as offsets from q, in elements and multiples of ALIGN: with one code path for the three weights
+    the kernel needs a third of the shared memory, and the compiler still knows that 16-byte loads are aligned.
+    """
     q_tiles = tl.cdiv(q_width, BN)
     kv_tiles = tl.cdiv(kv_width, BN)
-    if tile < q_tiles:
-        _segment(
-            x, q, q, q_index, q_index, y_q, tile, q_width, tokens, depth, stride_x, stride_q, stride_q, q_width,
-            INDEXED, False, 0, EVEN, PRECISION, T, BN, BK, STAGES,
-        )  # fmt: skip
-    elif tile < q_tiles + kv_tiles:
-        _segment(
-            x, k, k, kv_index, kv_index, y_k, tile - q_tiles, kv_width, tokens, depth, stride_x, stride_k,
-            stride_k, kv_width, INDEXED, False, 0, EVEN, PRECISION, T, BN, BK, STAGES,
-        )  # fmt: skip
-    else:
-        _segment(
-            x, v, v, kv_index, kv_index, y_v, tile - q_tiles - kv_tiles, kv_width, tokens, depth,
-            stride_x, stride_v, stride_v, kv_width, INDEXED, False, 0, EVEN, PRECISION, T, BN, BK, STAGES,
-        )  # fmt: skip
+    is_q = tl.program_id(0) < q_tiles
+    is_v = tl.program_id(0) >= q_tiles + kv_tiles
+    tile = tl.program_id(0) - tl.where(is_q, 0, q_tiles + tl.where(is_v, kv_tiles, 0))
+    width = tl.where(is_q, q_width, kv_width)
+    w = q + tl.multiple_of(tl.where(is_q, 0, tl.where(is_v, v_offset, k_offset)).to(tl.int64), ALIGN)
+    n = tile * BN + tl.arange(0, BN)
+    rows = tl.minimum(n, width - 1)
+    if INDEXED:
+        # Both lists are read, where the longer one's position is past the end of the shorter: its last entry.
+        of_q = tl.load(q_index + tl.minimum(rows, q_width - 1))
+        rows = tl.where(is_q, of_q, tl.load(kv_index + tl.minimum(rows, kv_width - 1)))
+    acc, _ = _contract_rows(
+        x, w, w, rows, q_index, tokens, depth, stride_x, stride_w, stride_w,
+        False, 0, EVEN, PRECISION, T, BN, BK, STAGES,
+    )  # fmt: skip
+    token = tl.arange(0, T)
+    inside = (n < width)[:, None] & (token < tokens)[None, :]
+    out = acc.to(y_q.dtype.element_ty)
+    at = token[None, :] * width + n[:, None]
+    part = tl.where(is_q, 0, tl.where(is_v, 2, 1)) + n[:, None] * 0 + token[None, :] * 0
+    tl.store(y_q + at, out, mask=inside & (part == 0))
+    tl.store(y_k + at, out, mask=inside & (part == 1))
+    tl.store(y_v + at, out, mask=inside & (part == 2))
 
 
 @triton.jit
@@ -203,13 +201,15 @@ def reduce_kernel(partial, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size)
 
 
-def _rows_config(tokens: int, width: int, pair: bool, listed: bool) -> dict[str, int]:
+def _rows_config(tokens: int, width: int, depth: int, pair: bool, listed: bool) -> dict[str, int]:
     """Tile of one program: all programs resident at once, 40 to 100 KB of weights in flight in each."""
     if tokens == 1:
         if pair:
             return {"T": 1, "BN": 16, "BK": 256, "STAGES": 3, "num_warps": 4}
         if listed:
             return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4}
+        if width >= 4096 and depth % 256 == 0:
+            return {"T": 1, "BN": 16, "BK": 256, "STAGES": 4, "num_warps": 4}
         return {"T": 1, "BN": 8, "BK": 256, "STAGES": 6, "num_warps": 2}
     if pair:
         return {"T": 16, "BN": 64, "BK": 128, "STAGES": 4, "num_warps": 4}
@@ -230,7 +230,7 @@ def rows(
     x = row_major(x)
     tokens, depth = x.shape
     y = x.new_empty(tokens, width)
-    c = dict(config or _rows_config(tokens, width, len(weights) == 2, in_kind != 0))
+    c = dict(config or _rows_config(tokens, width, depth, len(weights) == 2, in_kind != 0))
     w0, w1 = weights[0], weights[-1]
     rows_kernel[triton.cdiv(width, c["BN"]),](
         x, w0, w1, index if index is not None else x, in_entries if in_entries is not None else x, y,
@@ -253,17 +253,21 @@ def qkv(
     x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_index: Tensor | None, kv_index: Tensor | None,
     q_width: int, kv_width: int, config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [t, K] times kept rows of q, k and v in one launch: [t, q_width] and twice [t, kv_width]. 1 <= t <= 16."""
+    """x [t, K] times kept rows of q, k and v in one launch: [t, q_width] and twice [t, kv_width].
+
+    The three weights share one row pitch. 1 <= t <= 16.
+    """
     x = row_major(x)
     tokens, depth = x.shape
     y = x.new_empty(tokens, q_width), x.new_empty(tokens, kv_width), x.new_empty(tokens, kv_width)
-    c = dict(config or _rows_config(tokens, q_width + 2 * kv_width, False, False))
+    c = dict(config or _rows_config(tokens, q_width, depth, False, True))
     tiles = triton.cdiv(q_width, c["BN"]) + 2 * triton.cdiv(kv_width, c["BN"])
     indexed = q_index is not None
+    offsets = [(w.data_ptr() - q.data_ptr()) // q.element_size() for w in (k, v)]
     qkv_kernel[tiles,](
-        x, q, k, v, q_index if indexed else x, kv_index if indexed else x, *y, q_width, kv_width, tokens, depth,
-        x.stride(0), q.stride(0), k.stride(0), v.stride(0),
-        INDEXED=indexed, EVEN=depth % c["BK"] == 0, PRECISION=precision(x.dtype), **c,
+        x, q, *offsets, q_index if indexed else x, kv_index if indexed else x, *y, q_width, kv_width, tokens, depth,
+        x.stride(0), q.stride(0), INDEXED=indexed, EVEN=depth % c["BK"] == 0, PRECISION=precision(x.dtype),
+        ALIGN=8 if all(offset % 8 == 0 for offset in offsets) else 1, **c,
     )  # fmt: skip
     return y
 

@@ -1,18 +1,17 @@
 """One masked product of many tokens: kept weight rows, kept weight columns, or a transposed weight's kept rows.
 
-For selections cuBLAS cannot read in place. ``linear_kernel`` fetches by pointers, so the kept rows may be any list and
-the kept columns any list of 64-blocks; with TRANSPOSED the weight is [units, outputs] and any list of units (rows,
-contiguous) is the contraction. ``tiles_kernel`` is the copy-engine form for kept column blocks.
+For selections cuBLAS cannot read in place, fetched by pointers: the kept rows may be any list, the kept columns any
+list of 64-blocks; with TRANSPOSED the weight is [units, outputs] and any list of units (rows, contiguous) is the
+contraction. 64-blocks on one side have a faster way, ``ppf.kernels.blocks``.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import copy_engine, describable, descriptor, multiprocessors, precision, row_major, swizzle
+from .tile import copy_engine, describable, descriptor, precision, row_major, swizzle
 
 
 @triton.jit
@@ -66,28 +65,6 @@ def linear_kernel(
     tl.store(y + m[:, None].to(tl.int64) * stride_y + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def tiles_kernel(
-    x_tiles, w_tiles, in_blocks, y, tokens, width, depth, stride_y,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """x [tokens, depth] times the kept column blocks of w [width, ·]; every block is one step of the contraction."""
-    BK: tl.constexpr = 64
-    tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(tokens, BM), tl.cdiv(width, BN), GROUP)
-    acc = tl.zeros([BM, BN], tl.float32)
-    following = tl.load(in_blocks)
-    for start in range(0, depth, BK):
-        column = following * BK
-        following = tl.load(in_blocks + tl.minimum(start + BK, depth - BK) // BK)
-        a = x_tiles.load([tile_m * BM, start])
-        b = w_tiles.load([tile_n * BN, column])
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    m = tile_m * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    inside = (m < tokens)[:, None] & (n < width)[None, :]
-    tl.store(y + m[:, None].to(tl.int64) * stride_y + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
-
-
 def linear_config(tokens: int) -> dict[str, int]:
     """Tile of the pointer kernel."""
     if tokens <= 64:
@@ -115,30 +92,5 @@ def linear(
         tokens, width, depth, x.stride(0), weight.stride(0), width,
         INDEXED=index is not None, IN_BLOCKS=in_blocks is not None, TRANSPOSED=transposed,
         EVEN=depth % c["BK"] == 0, ALIGNED=width % c["BN"] == 0, PRECISION=precision(x.dtype), X_TILES=tiles, **c,
-    )  # fmt: skip
-    return y
-
-
-def tiles_config(tokens: int, width: int, device: torch.device) -> dict[str, int]:
-    """Tile of the copy-engine kernel: the one whose last wave of programs is fullest."""
-    small, large = (triton.cdiv(tokens, m) * triton.cdiv(width, 128) for m in (128, 256))
-    one, two = multiprocessors(device), 2 * multiprocessors(device)
-    if small <= one:
-        return {"BM": 128, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 5}
-    if large / (triton.cdiv(large, one) * one) >= small / (triton.cdiv(small, two) * two) - 0.02:
-        return {"BM": 256, "BN": 128, "GROUP": 8, "num_warps": 8, "num_stages": 4}
-    return {"BM": 128, "BN": 128, "GROUP": 16, "num_warps": 4, "num_stages": 3}
-
-
-def linear_tiles(x: Tensor, weight: Tensor, in_blocks: Tensor, config: dict[str, int] | None = None) -> Tensor:
-    """x [t, 64·count] times kept column blocks (int32 [count]): [t, outputs]. Operands must be ``describable``."""
-    tokens, depth = x.shape
-    width = weight.shape[0]
-    c = dict(config or tiles_config(tokens, width, x.device))
-    y = x.new_empty(tokens, width)
-    tiles = triton.cdiv(tokens, c["BM"]) * triton.cdiv(width, c["BN"])
-    tiles_kernel[tiles,](
-        descriptor(x, [c["BM"], 64]), descriptor(weight, [c["BN"], 64]), in_blocks, y, tokens, width, depth,
-        y.stride(0), PRECISION=precision(x.dtype), **c,
     )  # fmt: skip
     return y

@@ -1,8 +1,8 @@
 """Gate, up and silu·mul of many tokens in one kernel, under a selection; and the bare silu·mul that follows cuBLAS.
 
 A program makes a [BM tokens, BN channels] tile of silu(x·gateᵀ)·(x·upᵀ): gate and up share every read of x and their
-tiles never reach memory. Two ways to fetch weight rows: by pointers (any index list), or, for 64-blocks, by Hopper's
-copy engine, which cannot gather rows but takes a tile of 64 consecutive ones anywhere.
+tiles never reach memory. Weight rows are fetched by pointers, so they may be any list; 64-blocks have a faster way,
+``ppf.kernels.blocks``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import copy_engine, describable, descriptor, multiprocessors, precision, row_major, silu_mul, swizzle
+from .tile import copy_engine, describable, descriptor, precision, row_major, silu_mul, swizzle, three_fit
 
 
 @triton.jit
@@ -59,27 +59,6 @@ def gather_kernel(
 
 
 @triton.jit
-def blocks_kernel(
-    x_tiles, gate_tiles, up_tiles, blocks, h, tokens, count, depth, stride_h,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """A program makes BM tokens × one kept block of 64 channels; the weights are the tall operand of the products."""
-    BN: tl.constexpr = 64
-    tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(tokens, BM), count, GROUP)
-    row = tl.load(blocks + tile_n) * BN
-    acc_gate = tl.zeros([BN, BM], tl.float32)
-    acc_up = tl.zeros([BN, BM], tl.float32)
-    for start in range(0, depth, BK):
-        a = x_tiles.load([tile_m * BM, start]).T
-        acc_gate = tl.dot(gate_tiles.load([row, start]), a, acc_gate, input_precision=PRECISION)
-        acc_up = tl.dot(up_tiles.load([row, start]), a, acc_up, input_precision=PRECISION)
-    out = silu_mul(acc_gate, acc_up).to(h.dtype.element_ty).T
-    m = tile_m * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    tl.store(h + m[:, None].to(tl.int64) * stride_h + n[None, :], out, mask=(m < tokens)[:, None])
-
-
-@triton.jit
 def silu_mul_kernel(gate, up, h, width, stride_gate, stride_up, stride_h, BLOCK: tl.constexpr):
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
@@ -87,15 +66,6 @@ def silu_mul_kernel(gate, up, h, width, stride_gate, stride_up, stride_h, BLOCK:
     a = tl.load(gate + row * stride_gate + n, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(up + row * stride_up + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(h + row * stride_h + n, silu_mul(a, b).to(h.dtype.element_ty), mask=inside)
-
-
-def three_fit(tiles: int, device: torch.device) -> bool:
-    """Whether three programs a multiprocessor (two steps deep, 168 registers) beat two (three steps deep).
-
-    Each is as good as its last wave is full; at equal fill the deeper pipeline wins by some 3 %.
-    """
-    two, three = (n * multiprocessors(device) for n in (2, 3))
-    return 0.97 * tiles / (triton.cdiv(tiles, three) * three) > tiles / (triton.cdiv(tiles, two) * two)
 
 
 def gather_config(tokens: int, width: int, device: torch.device) -> dict[str, int]:
@@ -121,26 +91,6 @@ def gate_up(
         descriptor(x, [c["BM"], c["BK"]]) if tiles else x, gate, up, index if index is not None else x, h,
         tokens, width, depth, x.stride(0), gate.stride(0), up.stride(0), h.stride(0),
         INDEXED=index is not None, EVEN=depth % c["BK"] == 0, PRECISION=precision(x.dtype), X_TILES=tiles, **c,
-    )  # fmt: skip
-    return h
-
-
-def blocks_config(tokens: int, count: int, device: torch.device) -> dict[str, int]:
-    """Tile of the copy-engine kernel."""
-    c = {"BM": 128, "BK": 64, "GROUP": 8, "num_warps": 4}
-    fit = three_fit(triton.cdiv(tokens, 128) * count, device)
-    return c | ({"num_stages": 2, "maxnreg": 168} if fit else {"num_stages": 3})
-
-
-def gate_up_blocks(x: Tensor, gate: Tensor, up: Tensor, blocks: Tensor, config: dict[str, int] | None = None) -> Tensor:
-    """The same for kept 64-blocks (int32 [count]): x [t, H] -> [t, 64·count]. Operands must be ``describable``."""
-    tokens, depth = x.shape
-    c = dict(config or blocks_config(tokens, blocks.numel(), x.device))
-    h = x.new_empty(tokens, blocks.numel() * 64)
-    tiles = triton.cdiv(tokens, c["BM"]) * blocks.numel()
-    blocks_kernel[tiles,](
-        descriptor(x, [c["BM"], c["BK"]]), descriptor(gate, [64, c["BK"]]), descriptor(up, [64, c["BK"]]), blocks, h,
-        tokens, blocks.numel(), depth, h.stride(0), PRECISION=precision(x.dtype), **c,
     )  # fmt: skip
     return h
 

@@ -46,6 +46,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+def three_fit(tiles: int, device: torch.device) -> bool:
+    """Whether three programs a multiprocessor (two steps deep, 168 registers) beat two (three steps deep).
+
+    Each is as good as its last wave is full; at equal fill the deeper pipeline wins by some 3 %.
+    """
+    two, three = (n * multiprocessors(device) for n in (2, 3))
+    return 0.97 * tiles / (triton.cdiv(tiles, three) * three) > tiles / (triton.cdiv(tiles, two) * two)
+
+
 @triton.jit
 def swizzle(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Tile number to (m, n): GROUP tiles of m share each n, so that operands are reread from L2."""

@@ -82,7 +82,8 @@ def test_opcheck_and_one_graph():
     x, q, k, v, _ = operands(3, 2, 64, torch.float32)
     selection = KEPT["list"]
     q_rows, kv_rows = selection.groups(128), selection.groups(64)
-    arguments = (q_rows.width, q_rows.rows(x.device), kv_rows.width, kv_rows.rows(x.device))
+    device = x.device
+    arguments = (q_rows.width, q_rows.rows(device), None, kv_rows.width, kv_rows.rows(device), None)
     torch.library.opcheck(torch.ops.ppf.masked_qkv, (x, q, k, v, *arguments))
     compiled = torch.compile(
         lambda a: masked_attention_projections(a, q, k, v, selection, 64), fullgraph=True, backend="aot_eager"

@@ -106,6 +106,7 @@ def test_opcheck():
                 out.kind,
                 out.width,
                 out.rows(x.device),
+                None,
                 into.kind,
                 into.width,
                 into.rows(x.device),
@@ -259,15 +260,21 @@ def test_tile_kernels(tokens, dtype):
 
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copy_engine_kernel(dtype):
-    from ppf.kernels import masked_linear as tiles
+def test_block_kernels(dtype):
+    from ppf.kernels import blocks as kernels
 
     x, weight = operands(130, 192, 256, dtype)
-    blocks = Selection.blocks([2, 0], 192)
-    part = blocks.take(x, 1).contiguous()
-    config = {"BM": 128, "BN": 64, "GROUP": 2, "num_warps": 4, "num_stages": 3}
-    y = tiles.linear_tiles(part, weight, blocks.entries(x.device), config)
-    assert agrees(y, part, weight, Selection.full(256), blocks)
+    into = Selection.blocks([2, 0], 192)
+    part = into.take(x, 1).contiguous()
+    tile = {"BM": 128, "BN": 64, "GROUP": 2, "num_warps": 4, "num_stages": 3}
+    for transposed, stored in ((False, weight), (True, weight.t().contiguous())):
+        y = kernels.input_blocks(part, stored, into.entries(x.device), transposed, tile)
+        assert agrees(y, part, weight, Selection.full(256), into)
+    tile = {"BM": 64, "BK": 64, "GROUP": 2, "num_warps": 4, "num_stages": 2}
+    for list_ in ([3, 1], [2, 0, 3], [1]):
+        out = Selection.blocks(list_, 256)
+        y = kernels.linear_blocks(x, weight, out.entries(x.device), tile)
+        assert agrees(y, x, weight, out, Selection.full(192))
 
 
 @on_kernels

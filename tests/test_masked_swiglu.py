@@ -152,13 +152,13 @@ def test_gate_up_kernels(tokens, dtype):
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copy_engine_kernel(dtype):
-    from ppf.kernels import masked_swiglu as tiles
+    from ppf.kernels.blocks import gate_up_blocks
 
     x, gate, up, _ = operands(130, dtype)
     blocks = Selection.blocks([4, 0, 2], CHANNELS)
     kept = blocks.take(gate, 0), blocks.take(up, 0)
     config = {"BM": 64, "BK": 64, "GROUP": 2, "num_warps": 4, "num_stages": 3}
-    y = tiles.gate_up_blocks(x, gate, up, blocks.entries(x.device), config)
+    y = gate_up_blocks(x, gate, up, blocks.entries(x.device), config)
     assert within_twice(y, hidden(x, *kept), hidden(x.double(), *(w.double() for w in kept)))
 
 

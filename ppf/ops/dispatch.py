@@ -16,6 +16,7 @@ from .selection import BLOCKS, INDICES, PREFIX, UNIQUE
 COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
 # The same where the contraction runs over listed rows of a transposed weight.
 COMPACT_TOKENS_TRANSPOSED = 256
+FEW_TILES = 100
 SMALL_TOKENS = 16
 
 
@@ -59,29 +60,25 @@ def compact(tensor: Tensor, dim: int, width: int, rows: Tensor | None) -> Tensor
 def linear_path(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, in_kind: int, in_width: int, transposed: bool
 ) -> str:
-    """Name of the implementation of ``masked_linear``: rows, columns, tiles, transposed or library."""
+    """Name of ``masked_linear``'s way: rows, columns, input blocks, output blocks, tiles, transposed, library."""
     tokens = x.shape[0]
     if not kernels_apply(x, weight) or 0 in (tokens, out_width, in_width):
         return "library"
-    if transposed:
-        return _transposed_path(tokens, out_kind, in_kind)
-    if tokens <= SMALL_TOKENS:
+    if tokens <= SMALL_TOKENS and not transposed:
         return "rows"
-    if out_kind == PREFIX and in_kind == PREFIX:
-        return "library"
-    if in_kind in (INDICES, UNIQUE) or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
-        return "library"
-    return "tiles"
-
-
-def _transposed_path(tokens: int, out_kind: int, in_kind: int) -> str:
-    if out_kind != PREFIX:
-        return "library"
-    if tokens <= SMALL_TOKENS:
+    if tokens <= SMALL_TOKENS and out_kind == PREFIX:
         return "columns"
-    if in_kind == PREFIX or tokens > COMPACT_TOKENS_TRANSPOSED:
+    if out_kind == PREFIX and in_kind == PREFIX or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
         return "library"
-    return "transposed"
+    if in_kind == BLOCKS and out_kind == PREFIX and copy_engine(x, weight):
+        return "input blocks"
+    if transposed:
+        return "transposed" if out_kind == PREFIX and tokens <= COMPACT_TOKENS_TRANSPOSED else "library"
+    if out_kind == BLOCKS and in_kind == PREFIX and copy_engine(x, weight):
+        # Few tiles leave multiprocessors idle; then the copy is small, too.
+        tiles = -(-tokens // 128) * (out_width // 128)
+        return "output blocks" if tiles >= FEW_TILES else "library"
+    return "library" if in_kind in (INDICES, UNIQUE) else "tiles"
 
 
 def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> str:

@@ -9,12 +9,12 @@ from torch import Tensor
 from ..errors import InputError
 from . import dispatch
 from .library import LIBRARY
-from .masked_linear import as_tokens, check_columns, check_operands, masked_linear
-from .selection import INDICES, PREFIX, Selection
+from .masked_linear import as_tokens, check_columns, check_operands, masked_linear, masked_linear_cuda
+from .selection import BLOCKS, INDICES, PREFIX, Selection
 
 LIBRARY.define(
-    "masked_qkv(Tensor x, Tensor q, Tensor k, Tensor v, int q_width, Tensor? q_rows, int kv_width, Tensor? kv_rows) "
-    "-> (Tensor, Tensor, Tensor)"
+    "masked_qkv(Tensor x, Tensor q, Tensor k, Tensor v, int q_width, Tensor? q_rows, Tensor? q_blocks, int kv_width, "
+    "Tensor? kv_rows, Tensor? kv_blocks) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -36,8 +36,9 @@ def masked_attention_projections(
         return first, second, third
     tokens, device = as_tokens(x), x.device
     parts = torch.ops.ppf.masked_qkv(
-        tokens, q, k, v, q_selection.width, q_selection.rows(device), kv_selection.width, kv_selection.rows(device)
-    )
+        tokens, q, k, v, q_selection.width, q_selection.rows(device), q_selection.block_list(device),
+        kv_selection.width, kv_selection.rows(device), kv_selection.block_list(device),
+    )  # fmt: skip
     first, second, third = (part.view(*x.shape[:-1], part.shape[-1]) for part in parts)
     return first, second, third
 
@@ -79,8 +80,8 @@ def _row_selections(
 
 
 def masked_qkv_reference(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_width: int, q_rows: Tensor | None, kv_width: int,
-    kv_rows: Tensor | None,
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_width: int, q_rows: Tensor | None,
+    q_blocks: Tensor | None, kv_width: int, kv_rows: Tensor | None, kv_blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same on any device, by slicing and selecting: x [t, H] -> [t, q_width], [t, kv_width], [t, kv_width]."""
     return (
@@ -91,30 +92,29 @@ def masked_qkv_reference(
 
 
 def _masked_qkv_cuda(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_width: int, q_rows: Tensor | None, kv_width: int,
-    kv_rows: Tensor | None,
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_width: int, q_rows: Tensor | None,
+    q_blocks: Tensor | None, kv_width: int, kv_rows: Tensor | None, kv_blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if 0 in (x.shape[0], q_width) or not dispatch.kernels_apply(x, q, k, v):
-        return masked_qkv_reference(x, q, k, v, q_width, q_rows, kv_width, kv_rows)
-    if x.shape[0] <= dispatch.SMALL_TOKENS:
+        return masked_qkv_reference(x, q, k, v, q_width, q_rows, q_blocks, kv_width, kv_rows, kv_blocks)
+    if x.shape[0] <= dispatch.SMALL_TOKENS and len({w.stride(0) for w in (q, k, v)}) == 1:
         from ppf.kernels import gemv
 
         return gemv.qkv(x, q, k, v, q_rows, kv_rows, q_width, kv_width)
-    first, second, third = (
-        F.linear(x, weight.narrow(0, 0, width)) if rows is None else _tiles(x, weight, rows, width)
-        for weight, rows, width in ((q, q_rows, q_width), (k, kv_rows, kv_width), (v, kv_rows, kv_width))
-    )
+    lists = ((q, q_width, q_rows, q_blocks), (k, kv_width, kv_rows, kv_blocks), (v, kv_width, kv_rows, kv_blocks))
+    first, second, third = (_one(x, *of_weight) for of_weight in lists)
     return first, second, third
 
 
-def _tiles(x: Tensor, weight: Tensor, rows: Tensor, width: int) -> Tensor:
+def _one(x: Tensor, weight: Tensor, width: int, rows: Tensor | None, blocks: Tensor | None) -> Tensor:
+    kind = PREFIX if rows is None else INDICES if blocks is None else BLOCKS
     hidden = weight.shape[1]
-    return torch.ops.ppf.masked_linear(x, weight, INDICES, width, rows, PREFIX, hidden, None, None, False)
+    return masked_linear_cuda(x, weight, kind, width, rows, blocks, PREFIX, hidden, None, None, False)
 
 
 def _masked_qkv_fake(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_width: int, q_rows: Tensor | None, kv_width: int,
-    kv_rows: Tensor | None,
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_width: int, q_rows: Tensor | None,
+    q_blocks: Tensor | None, kv_width: int, kv_rows: Tensor | None, kv_blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape[0], q_width), x.new_empty(x.shape[0], kv_width), x.new_empty(x.shape[0], kv_width)
 

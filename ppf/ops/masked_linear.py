@@ -17,11 +17,11 @@ from torch import Tensor
 from ..errors import InputError
 from . import dispatch
 from .library import LIBRARY
-from .selection import BLOCKS, PREFIX, UNIQUE, Selection
+from .selection import BLOCKS, UNIQUE, Selection
 
 LIBRARY.define(
-    "masked_linear(Tensor x, Tensor weight, int out_kind, int out_width, Tensor? out_rows, int in_kind, int in_width, "
-    "Tensor? in_rows, Tensor? in_blocks, bool transposed) -> Tensor"
+    "masked_linear(Tensor x, Tensor weight, int out_kind, int out_width, Tensor? out_rows, Tensor? out_blocks, "
+    "int in_kind, int in_width, Tensor? in_rows, Tensor? in_blocks, bool transposed) -> Tensor"
 )
 
 
@@ -58,10 +58,9 @@ def masked_linear(
 def call(x: Tensor, weight: Tensor, out: Selection, into: Selection, transposed: bool) -> Tensor:
     """The registered op on 2-D tokens."""
     device = x.device
-    blocks = into.entries(device) if into.kind == BLOCKS else None
     return torch.ops.ppf.masked_linear(
-        x, weight, out.kind, out.width, out.rows(device), into.input_kind, into.width, into.rows(device), blocks,
-        transposed,
+        x, weight, out.kind, out.width, out.rows(device), out.block_list(device),
+        into.input_kind, into.width, into.rows(device), into.block_list(device), transposed,
     )  # fmt: skip
 
 
@@ -76,31 +75,35 @@ def kept_weight(
 
 
 def masked_linear_reference(
-    x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None, in_kind: int, in_width: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool,
+    x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None,
+    out_blocks: Tensor | None, in_kind: int, in_width: int, in_rows: Tensor | None, in_blocks: Tensor | None,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The same on any device, by slicing and selecting: x [t, in_width] -> [t, out_width]."""
     return F.linear(x, kept_weight(weight, out_width, out_rows, in_width, in_rows, transposed))
 
 
 def masked_linear_cuda(
-    x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None, in_kind: int, in_width: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool,
+    x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None,
+    out_blocks: Tensor | None, in_kind: int, in_width: int, in_rows: Tensor | None, in_blocks: Tensor | None,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The choice on a GPU, see ``dispatch``."""
     path = dispatch.linear_path(x, weight, out_kind, out_width, in_kind, in_width, transposed)
     if path in ("rows", "columns"):
         return _small(x, weight, path, out_width, out_rows, in_kind, in_rows, in_blocks)
-    if path == "tiles":
+    if path in ("input blocks", "output blocks"):
+        from ppf.kernels import blocks
+
+        if path == "output blocks":
+            return blocks.linear_blocks(x, weight.narrow(1, 0, in_width), out_blocks)
+        return blocks.input_blocks(x, weight.narrow(1 if transposed else 0, 0, out_width), in_blocks, transposed)
+    if path in ("tiles", "transposed"):
         from ppf.kernels import masked_linear as tiles
 
-        if out_kind == PREFIX and dispatch.copy_engine(x, weight):
-            return tiles.linear_tiles(x, weight.narrow(0, 0, out_width), in_blocks)
+        if path == "transposed":
+            return tiles.linear(x, weight, in_rows, out_width, transposed=True)
         return tiles.linear(x, weight, out_rows, out_width, in_blocks)
-    if path == "transposed":
-        from ppf.kernels import masked_linear as tiles
-
-        return tiles.linear(x, weight, in_rows, out_width, transposed=True)
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     kept = dispatch.compact(dispatch.compact(weight, out_dim, out_width, out_rows), in_dim, in_width, in_rows)
     return F.linear(x, kept.t() if transposed else kept)
@@ -123,8 +126,9 @@ def _small(
 
 
 def _masked_linear_fake(
-    x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None, in_kind: int, in_width: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, transposed: bool,
+    x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None,
+    out_blocks: Tensor | None, in_kind: int, in_width: int, in_rows: Tensor | None, in_blocks: Tensor | None,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], out_width)
 

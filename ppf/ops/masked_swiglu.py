@@ -13,7 +13,7 @@ from ..errors import InputError
 from . import dispatch
 from .library import LIBRARY
 from .masked_linear import as_tokens, check_columns, check_operands, masked_linear, masked_linear_cuda
-from .selection import BLOCKS, PREFIX, Selection
+from .selection import PREFIX, Selection
 
 LIBRARY.define(
     "masked_swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int kind, int width, Tensor? rows, Tensor? blocks, "
@@ -43,10 +43,10 @@ def masked_swiglu(
         act = F.silu(masked_linear(tokens, gate, selection)) * masked_linear(tokens, up, selection)
         return masked_linear(act, down, in_selection=selection, transposed=down_transposed).view(x.shape)
     device = x.device
-    blocks = selection.entries(device) if selection.kind == BLOCKS else None
     y = torch.ops.ppf.masked_swiglu(
-        tokens, gate, up, down, selection.input_kind, selection.width, selection.rows(device), blocks, down_transposed
-    )
+        tokens, gate, up, down, selection.input_kind, selection.width, selection.rows(device),
+        selection.block_list(device), down_transposed,
+    )  # fmt: skip
     return y.view(x.shape)
 
 
@@ -84,12 +84,14 @@ def _hidden_cuda(
         from ppf.kernels import gemv
 
         return gemv.rows(x, (gate, up), rows, width)
+    if path == "blocks":
+        from ppf.kernels.blocks import gate_up_blocks
+
+        return gate_up_blocks(x, gate, up, blocks)
     from ppf.kernels import masked_swiglu as tiles
 
     if path == "tiles":
         return tiles.gate_up(x, gate, up, rows, width)
-    if path == "blocks":
-        return tiles.gate_up_blocks(x, gate, up, blocks)
     kept = [F.linear(x, dispatch.compact(w, 0, width, rows)) for w in (gate, up)]
     return tiles.multiply_silu(*kept)
 
@@ -99,7 +101,7 @@ def _masked_swiglu_cuda(
     blocks: Tensor | None, down_transposed: bool,
 ) -> Tensor:  # fmt: skip
     act = _hidden_cuda(x, gate, up, kind, width, rows, blocks)
-    return masked_linear_cuda(act, down, PREFIX, gate.shape[1], None, kind, width, rows, blocks, down_transposed)
+    return masked_linear_cuda(act, down, PREFIX, gate.shape[1], None, None, kind, width, rows, blocks, down_transposed)
 
 
 def _masked_swiglu_fake(

@@ -97,6 +97,10 @@ class Selection:
         """Block numbers (blocks) or kept units (indices), int32, on ``device``; None for a prefix."""
         return self._copy("entries", self._entries, device)
 
+    def block_list(self, device: torch.device) -> Tensor | None:
+        """Kept block numbers as int32 on ``device`` if this is a block selection, else None."""
+        return self.entries(device) if self.kind == BLOCKS else None
+
     def take(self, tensor: Tensor, dim: int) -> Tensor:
         """The kept part of ``tensor`` along ``dim``: a view for a prefix, else a copy."""
         rows = self.rows(tensor.device)
