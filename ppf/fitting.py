@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from . import checkpoint
 from ._version import versions
@@ -18,7 +19,7 @@ from .errors import InputError
 from .exploration import check_evaluations
 from .files import require_space, write_json, write_safetensors
 from .grid import Grid
-from .library import refit_layer, save_refits
+from .library import library_bytes, refit_layer, save_refits
 from .precision import compute_dtype
 from .progress import Progress, silent
 from .ranking import rank_layer
@@ -31,6 +32,8 @@ from .weights import LayerRanking, permute_layer
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
 _TEXTS = "texts.safetensors"
+# Texts, statistics, experience, predictor and agent beside the library: generously.
+_OTHER_FILES = 64 << 20
 
 
 def fit(
@@ -54,8 +57,8 @@ def fit(
     config = checkpoint.check_checkpoint(model)
     structure = Structure.from_config(config)
     check_evaluations(settings.evaluations, Grid(structure, settings.ffn_multiple))
-    _prepare(model, text, eval_text, output, settings, structure)
-    run = Run(output, device=str(target))
+    dense = _prepare(model, text, eval_text, output, settings, structure, target)
+    run = Run(output, device=str(target), dense=dense)
     if not run.is_complete:
         started = time.perf_counter()
         _calibrate(run, progress)
@@ -71,8 +74,12 @@ def _prepare(
     output: Path,
     settings: Settings,
     structure: Structure,
-) -> None:
-    """Make ``output`` a run that has its texts and its manifest, or check that it is one of the same question."""
+    device: torch.device,
+) -> LlamaForCausalLM | None:
+    """Make ``output`` a run with its texts and its manifest, or check that it is one of the same question.
+
+    A new run's model is read, and returned, before anything is written: NaN and Inf weights show only then.
+    """
     question = {
         "fingerprint": checkpoint.fingerprint(model),
         "structure": structure.to_dict(),
@@ -81,16 +88,18 @@ def _prepare(
     }
     if output.exists() and (not output.is_dir() or not all(_unfinished_start(file) for file in output.iterdir())):
         _require_same(output, question)
-        return
+        return None
     tokenizer = checkpoint.load_tokenizer(model)
     parts = _splits(tokenizer, text, eval_text, settings)
-    require_space(output, _run_bytes(Grid(structure, settings.ffn_multiple)))
+    dense = checkpoint.load_dense(model, device=str(device))
+    require_space(output, library_bytes(Grid(structure, settings.ffn_multiple)) + _OTHER_FILES)
     output.mkdir(parents=True, exist_ok=True)
     tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
     write_safetensors(output / _TEXTS, tensors)
     names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
     manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
     write_json(output / MANIFEST, question | manifest)
+    return dense
 
 
 def _unfinished_start(file: Path) -> bool:
@@ -154,7 +163,8 @@ def _store_layer(run: Run, index: int, statistics: LayerStatistics) -> None:
 def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:
     tensors = {"ranking.attention": ranking.attention, "ranking.ffn": ranking.ffn}
     for name, part in (("attention", statistics.attention), ("ffn", statistics.ffn)):
-        tensors |= {f"{name}.gram": part.gram, f"{name}.mean": part.mean, f"{name}.variance": part.variance}
+        # The Gram itself is not stored: the library's factor L holds it, since H + λI = L Lᵀ.
+        tensors |= {f"{name}.mean": part.mean, f"{name}.variance": part.variance}
     return tensors
 
 
@@ -172,15 +182,6 @@ def _learn(run: Run, progress: Progress) -> None:
 def _finish(run: Run, seconds: float) -> None:
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
     write_json(run.path / MANIFEST, run.manifest | {"state": "complete", "device": device, "seconds": seconds})
-
-
-def _run_bytes(grid: Grid) -> int:
-    """An upper estimate of what the run will take on disk: fp32 Grams and a library of at most fp32 weights."""
-    s = grid.structure
-    query, groups, levels = s.kv_groups * s.group_rows, s.kv_groups, s.channels // grid.ffn_multiple
-    grams = 4 * (query**2 + s.channels**2)
-    library = 4 * s.hidden * (query * (groups + 1) // 2 + s.channels * (levels + 1) // 2)
-    return s.layers * (grams + library)
 
 
 def _sha256(path: str | Path) -> str:

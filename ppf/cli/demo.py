@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from ..errors import InputError, PPFError
 from .console import progress_bars, show
 from .options import Json
-from .policy import predicted
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -120,21 +120,20 @@ def _in_new_process(model: Path, text: Path) -> dict[str, Any]:
 
 
 def _table(data: dict[str, Any]) -> Table:
-    table = Table(title="tiny-2m pruned: perplexity (lower is better)", title_justify="left")
-    titles = ("asked", "removed", "held-out: dense", "uniform", "PPF", "evaluation split: PPF", "predicted", "seconds")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Perplexity of tiny-2m, pruned", title_justify="left")
+    titles = "asked", "removed", "dense", "uniform", "PPF", "PPF on\nfit's text", "predicted\nfor it", "seconds"
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in data["rows"]:
         ppf, guess = row["ppf"], row["ppf"]["predicted"]
-        removed = ppf["parameters"]["dense"] - ppf["parameters"]["pruned"]
         table.add_row(
             f"{row['requested_ratio']:.0%}",
-            f"{removed:,} ({ppf['delivered_ratio']:.1%})",
+            f"{ppf['parameters']['dense'] - ppf['parameters']['pruned']:,}",
             f"{data['dense']['perplexity']:.2f}",
             f"{row['uniform']['held_out']['perplexity']:.2f}",
             f"{ppf['held_out']['perplexity']:.2f}",
             f"{ppf['measured']['perplexity']:.2f}",
-            predicted(guess["log_perplexity"], guess["log_perplexity_std"]),
+            f"{guess['perplexity']:.2f} ±{guess['perplexity'] * guess['log_perplexity_std']:.2f}",
             f"{ppf['seconds']:.1f}",
         )
     return table
@@ -142,13 +141,15 @@ def _table(data: dict[str, Any]) -> Table:
 
 def _explanation(data: dict[str, Any], output: Path | None) -> str:
     held_out, split = (part["protocol"] for part in (data["dense"], data["rows"][0]["ppf"]["measured"]))
-    kept = f"Run and checkpoints: {output}" if output else "Run and checkpoints were temporary; keep them with --output"
-    return (
-        f"Text: ppf/data/sample.txt, sampled from a 14M Llama. Held-out: its last fifth, {held_out['tokens']:,} "
-        f"tokens, never fitted on, scored by `ppf eval` in a new process.\nEvaluation split: {split['tokens']:,} tokens of the "
-        f"rest, on which the fit measured policies and the predictor predicts. Sequences of {_SEQUENCE_LENGTH}.\n"
-        "Uniform: every sub-layer keeps the same share, with the same ranking and refit. Removed: parameters of the "
-        f"model, and their share of the decoder layers.\n{data['evaluations']} policies measured in a fit of "
-        f"{data['fit_seconds']:.0f} s; everything took {data['seconds']:.0f} s. "
-        f"Seconds: agent, materialise, score, write.\n{kept}"
+    delivered = ", ".join(f"{row['ppf']['delivered_ratio']:.1%}" for row in data["rows"])
+    lines = (
+        f"Removed: parameters; shares of the decoder layers' are {delivered}.",
+        f"Text: ppf/data/sample.txt, sampled from a 14M Llama, in sequences of {_SEQUENCE_LENGTH} tokens.",
+        f"Dense, uniform, PPF: on the text's last fifth, {held_out['tokens']:,} tokens, never fitted on, by",
+        "`ppf eval` in a new process. Uniform: the same share of every sub-layer, with the same ranking and refit.",
+        f"Fit's text: {split['tokens']:,} tokens of the rest, where policies were measured and are predicted.",
+        f"Seconds: agent, materialise, score, write. The fit of {data['evaluations']} evaluations took "
+        f"{data['fit_seconds']:.0f} s, everything {data['seconds']:.0f} s.",
+        f"Run and checkpoints: {output}" if output else "Run and checkpoints were temporary; keep them with --output.",
     )
+    return "\n".join(lines)
