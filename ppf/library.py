@@ -2,11 +2,13 @@
 
 With the units in ranking order, the kept inputs of a level are the leading block of the Gram H. One Cholesky
 factorisation H + λI = L Lᵀ therefore serves every level: the leading block of L factorises the leading block of H, and
-the least-squares solution W H[:,S] (H[S,S] + λI)⁻¹ is (W H L⁻ᵀ)[:, :w] · L[:w, :w]⁻¹, one triangular solve a level.
+with Y = W H L⁻ᵀ the least-squares solution W H[:,S] (H[S,S] + λI)⁻¹ is Y[:, :w] · L[:w, :w]⁻¹. Only Y and L are kept
+(C² + hidden·C numbers, whatever the number of levels); a level costs one triangular solve when it is first asked for.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,33 @@ from .weights import LayerRanking, LayerWeights, expand_units
 
 # Share of the Gram's mean diagonal added to it. See dev/LOG.md for the values tried.
 DAMPING = 1e-3
+# Up to this many inputs the factors are kept in fp64: it costs megabytes. Beyond, fp32 halves gigabytes.
+_EXACT_INPUTS = 2048
+_CACHE_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
 class Refit:
-    """One sub-layer's levels 0…top: ``weights[level]`` is [hidden, width], ``error[level]`` its output error energy.
+    """One sub-layer's refits in factored form; n inputs in ranking order.
 
-    The energy is E‖(Ŵ − W)x‖² / E‖Wx‖² over the calibration text, fp64: 1 at width 0, about 0 at full width.
+    ``error[level]`` is the level's error energy (E‖(Ŵ − W)x‖² + λ‖Ŵ‖²) / E‖Wx‖² over the calibration text, fp64: what
+    the refit minimises, 1 at width 0 and 0 at full width, where the dense weight itself stands.
     """
 
-    weights: tuple[Tensor, ...]
-    error: Tensor
+    dense: Tensor  # [hidden, n]
+    half: Tensor  # Y = W H L⁻ᵀ [hidden, n]
+    factor: Tensor  # L [n, n]
+    widths: tuple[int, ...]  # channels of each level
+    error: Tensor  # [levels]
+
+    def weight(self, level: int) -> Tensor:
+        """The refitted output projection [hidden, widths[level]] in the dense one's dtype; solved at each call."""
+        width = self.widths[level]
+        if width == len(self.factor):
+            return self.dense
+        block, half = self.factor[:width, :width], self.half[:, :width]
+        solution = torch.linalg.solve_triangular(block, half, upper=False, left=False)
+        return solution.to(self.dense.dtype).contiguous()
 
 
 def refit(
@@ -49,38 +67,30 @@ def refit(
     dense = weight.double()
     # The floor is for a sub-layer whose input is always zero: it has nothing to refit, and that is no error.
     added = damping * gram.diagonal().mean().clamp_min(1e-30)
-    damped = gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        raise PPFError("the calibration Gram is not positive definite: the model's activations hold NaN or Inf")
     target = dense @ gram
-    energy = (target * dense).sum()
+    factor, info = torch.linalg.cholesky_ex(gram.diagonal_scatter(gram.diagonal() + added))
     half = torch.linalg.solve_triangular(factor.T, target, upper=True, left=False)
-    weights, errors = [], []
-    for width in widths:
-        if width == len(gram):
-            weights.append(weight)
-            errors.append(torch.zeros((), dtype=torch.float64))
-            continue
-        block = factor[:width, :width]
-        solution = torch.linalg.solve_triangular(block, half[:, :width], upper=False, left=False)
-        # E‖(Ŵ−W)x‖² expanded; the cross term uses the undamped Gram, so the energy is the true one.
-        residual = (
-            energy - 2 * (solution * target[:, :width]).sum() + ((solution @ gram[:width, :width]) * solution).sum()
-        )
-        weights.append(solution.to(weight.dtype).contiguous())
-        errors.append((residual / energy.clamp_min(torch.finfo(torch.float64).tiny)).cpu())
-    return Refit(tuple(weights), torch.stack(errors))
+    if int(info) or not half.isfinite().all():
+        raise PPFError("the calibration Gram is not positive definite: the model's activations hold NaN or Inf")
+    dtype = torch.float64 if len(gram) <= _EXACT_INPUTS else torch.float32
+    error = _error_energies(half, (target * dense).sum(), widths)
+    return Refit(weight, half.to(dtype), factor.to(dtype), tuple(widths), error)
+
+
+def _error_energies(half: Tensor, energy: Tensor, widths: Sequence[int]) -> Tensor:
+    """Relative error energies fp64 [levels]: a prefix of w inputs explains ‖Y[:, :w]‖² of the dense output's energy."""
+    explained = torch.cat((half.new_zeros(1), half.square().sum(0).cumsum(0)))[list(widths)]
+    error = (1 - explained / energy.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0).cpu()
+    error[torch.tensor(widths) == half.shape[1]] = 0
+    return error
 
 
 def refit_layer(
     layer: LayerWeights, statistics: LayerStatistics, ranking: LayerRanking, grid: Grid, damping: float = DAMPING
 ) -> tuple[Refit, Refit]:
-    """All levels of one layer's o and down; ``layer`` is in ranking order, ``statistics`` in checkpoint order."""
-    s = grid.structure
-    groups = [level * s.group_rows for level in range(s.kv_groups + 1)]
-    channels = [level * grid.ffn_multiple for level in range(s.channels // grid.ffn_multiple + 1)]
-    query = expand_units(ranking.attention, s.group_rows)
+    """One layer's refits of o and down; ``layer`` is in ranking order, ``statistics`` in checkpoint order."""
+    groups, channels = _widths(grid)
+    query = expand_units(ranking.attention, grid.structure.group_rows)
     return (
         refit(layer.o, statistics.attention, query, groups, damping),
         refit(layer.down, statistics.ffn, ranking.ffn, channels, damping),
@@ -88,39 +98,73 @@ def refit_layer(
 
 
 class Library:
-    """Refitted output projections by sub-layer (numbered as in :class:`Grid`) and level."""
+    """Refitted output projections by sub-layer (numbered as in :class:`Grid`) and level.
 
-    def __init__(self, refits: Sequence[Refit]):
+    Keeps the most recently used solutions, up to ``cache_bytes``: a small model's all, of a large one a working set.
+    """
+
+    def __init__(self, refits: Sequence[Refit], dtype: torch.dtype | None = None, cache_bytes: int = _CACHE_BYTES):
         self._refits = tuple(refits)
+        self._dtype, self._limit = dtype, cache_bytes
+        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._bytes = 0
 
     def weight(self, sublayer: int, level: int) -> Tensor:
         """The refitted o or down, [hidden, width of that level]."""
-        return self._refits[sublayer].weights[level]
+        key = (sublayer, level)
+        if key not in self._cache:
+            solved = self._refits[sublayer].weight(level)
+            self._keep(key, solved if self._dtype is None else solved.to(self._dtype))
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _keep(self, key: tuple[int, int], weight: Tensor) -> None:
+        self._cache[key] = weight
+        self._bytes += weight.nbytes
+        while self._bytes > self._limit and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1].nbytes
 
     def to(self, dtype: torch.dtype) -> Library:
-        """The same library in ``dtype``; no copy if it has it already."""
-        return Library([Refit(tuple(w.to(dtype) for w in r.weights), r.error) for r in self._refits])
+        """The same refits, handed out in ``dtype``."""
+        return Library(self._refits, dtype, self._limit)
 
     def error(self, sublayer: int) -> Tensor:
         """Relative output error energy of every level of a sub-layer, fp64 [levels]."""
         return self._refits[sublayer].error
 
 
+_STORED = "half", "factor", "error"
+TENSORS = tuple(f"{kind}.{name}" for kind in ("attention", "ffn") for name in _STORED)
+
+
 def save_refits(path: Path, attention: Refit, ffn: Refit) -> None:
-    """Write one layer's refits; the full width is the dense weight and is not stored again."""
-    tensors = {}
-    for name, part in (("attention", attention), ("ffn", ffn)):
-        tensors[f"{name}.error"] = part.error
-        tensors |= {f"{name}.{level}": w for level, w in enumerate(part.weights[:-1])}
-    write_safetensors(path, tensors)
+    """Write one layer's factors; the dense weights are the checkpoint's and are not stored again."""
+    parts = ("attention", attention), ("ffn", ffn)
+    write_safetensors(path, {f"{kind}.{name}": getattr(part, name) for kind, part in parts for name in _STORED})
 
 
-def load_refits(tensors: dict[str, Tensor], layer: LayerWeights) -> tuple[Refit, Refit]:
-    """Inverse of :func:`save_refits`, for the same layer in ranking order."""
-    return _load(tensors, "attention", layer.o), _load(tensors, "ffn", layer.down)
+def load_refits(tensors: dict[str, Tensor], layer: LayerWeights, grid: Grid) -> tuple[Refit, Refit]:
+    """Inverse of :func:`save_refits`, for the same layer in ranking order and the same grid."""
+
+    def load(kind: str, dense: Tensor, widths: Sequence[int]) -> Refit:
+        half, factor = (tensors[f"{kind}.{name}"].to(dense.device) for name in ("half", "factor"))
+        return Refit(dense, half, factor, tuple(widths), tensors[f"{kind}.error"])
+
+    groups, channels = _widths(grid)
+    return load("attention", layer.o, groups), load("ffn", layer.down, channels)
 
 
-def _load(tensors: dict[str, Tensor], name: str, dense: Tensor) -> Refit:
-    error = tensors[f"{name}.error"]
-    levels = [tensors[f"{name}.{level}"].to(dense.device, dense.dtype) for level in range(len(error) - 1)]
-    return Refit((*levels, dense), error)
+def library_bytes(grid: Grid) -> int:
+    """Bytes of all factors of a model, in memory and on disk."""
+    s = grid.structure
+
+    def sublayer(inputs: int) -> int:
+        return (8 if inputs <= _EXACT_INPUTS else 4) * inputs * (inputs + s.hidden)
+
+    return s.layers * (sublayer(s.kv_groups * s.group_rows) + sublayer(s.channels))
+
+
+def _widths(grid: Grid) -> tuple[list[int], list[int]]:
+    """Channels of every level of an attention and of an FFN sub-layer."""
+    groups = [level * grid.structure.group_rows for level in range(grid.maximum[0] + 1)]
+    return groups, [level * grid.ffn_multiple for level in range(grid.maximum[-1] + 1)]

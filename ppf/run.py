@@ -29,7 +29,7 @@ from .errors import InputError
 from .evaluation import Evaluator
 from .experience import Experience
 from .grid import Grid
-from .library import Library, load_refits
+from .library import TENSORS, Library, load_refits
 from .policy import Policy
 from .precision import compute_dtype
 from .predictor import Prediction, Predictor
@@ -60,13 +60,16 @@ class Answer:
 class Run:
     """An opened run directory. Weights are loaded when first needed; :meth:`policy` needs none."""
 
-    def __init__(self, path: str | Path, device: str = "cpu"):
+    def __init__(self, path: str | Path, device: str = "cpu", dense: LlamaForCausalLM | None = None):
+        """Open ``path``; ``dense`` is the run's model if the caller has it loaded already."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.device = checkpoint.resolve_device(device)
         self.settings = Settings.from_dict(self.manifest["settings"])
         self.structure = Structure(**self.manifest["structure"])
         self.grid = Grid(self.structure, self.settings.ffn_multiple)
+        if dense is not None:
+            self.dense = dense
 
     @property
     def model_path(self) -> Path:
@@ -126,6 +129,11 @@ class Run:
         return DecoderWeights.from_model(self.dense)
 
     @cached_property
+    def permuted(self) -> DecoderWeights:
+        """The dense weights with every layer's units in ranking order."""
+        return self.weights.permuted(self.ranking)
+
+    @cached_property
     def ranking(self) -> list[LayerRanking]:
         names = "ranking.attention", "ranking.ffn"
         files = (layer_file("statistics", index) for index in range(self.structure.layers))
@@ -134,15 +142,10 @@ class Run:
     @cached_property
     def library(self) -> Library:
         """All refits, on the device, in the checkpoint's dtype."""
-        layers = self.weights.permuted(self.ranking).layers
-        names = [f"{part}.{level}" for part, levels in self._levels().items() for level in ("error", *range(levels))]
-        files = (layer_file("library", index) for index in range(self.structure.layers))
-        pairs = [load_refits(self._tensors(f, *names), layer) for f, layer in zip(files, layers, strict=True)]
+        layers = self.permuted.layers
+        files = (self._tensors(layer_file("library", index), *TENSORS) for index in range(self.structure.layers))
+        pairs = [load_refits(tensors, layer, self.grid) for tensors, layer in zip(files, layers, strict=True)]
         return Library([attention for attention, _ in pairs] + [ffn for _, ffn in pairs])
-
-    def _levels(self) -> dict[str, int]:
-        """Levels of each kind of sub-layer that a library file holds: all but the highest, which is the dense one."""
-        return {"attention": self.grid.maximum[0], "ffn": self.grid.maximum[-1]}
 
     def sequences(self, part: str = "evaluation") -> Tensor:
         """Token sequences int64 [N, T] of "calibration" or "evaluation"."""
@@ -154,8 +157,7 @@ class Run:
         """Masked evaluation of this run's model on its evaluation text (or on ``sequences`` int64 [N, T])."""
         dtype = dtype or compute_dtype(self.weights.dtype, self.device)
         sequences = self.sequences() if sequences is None else sequences
-        weights = self.weights.to(dtype).permuted(self.ranking)
-        return Evaluator(weights, self.grid, sequences, self.library.to(dtype) if refit else None)
+        return Evaluator(self.permuted.to(dtype), self.grid, sequences, self.library.to(dtype) if refit else None)
 
     def materialize(self, policy: Policy, refit: bool = True) -> PreTrainedModel:
         """The physically smaller model of ``policy``, in the checkpoint's dtype on this run's device."""

@@ -1,4 +1,4 @@
-"""The one torch.library namespace of PPF: every op's schema is defined into ``LIBRARY`` by the file that implements it."""
+"""The one torch.library namespace of PPF: the file that implements an op defines its schema into ``LIBRARY``."""
 
 import torch
 
