@@ -1,0 +1,105 @@
+"""Turns benchmarks/results/*.json into docs/benchmarks.md and its plots. Run it after every new measurement.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "ppf"  # the same figures give the same file
+import matplotlib.pyplot as plt  # noqa: E402  (after the back end is chosen)
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+MODELS = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
+Row = dict[str, Any]
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gather_section(name: str) -> str:
+    """The gather's rows: share of the limit, and against index_select."""
+    data = load(name)
+    where = data["environment"]
+    rows = [
+        (row["name"], f"{row['keep']:.0%}", f"{row['ms']:.3f}", f"{row['share_of_limit']:.0%}",
+         f"{row['times_index_select']:.2f} ×")
+        for row in data["rows"]
+    ]  # fmt: skip
+    facts = f"{where['device']}, torch {where['torch']}, {where['date']}; copy {data['copy_GB/s']:,.0f} GB/s"
+    return f"{facts}.\n\n" + table(("gather", "keep", "ms", "share of limit", "against index_select"), rows)
+
+
+def gemm_rows(data: dict[str, Any]) -> list[Sequence[str]]:
+    """One line a measurement: time, share of the limit, speed against what a user would run instead."""
+
+    def times(row: Row, peer: str) -> str:
+        value = row.get(f"times_faster_than_{peer}")
+        return "" if value is None else f"{value:.2f} ×"
+
+    return [
+        (row["op"], row["selection"], f"{row['keep']:.0%}" if isinstance(row["keep"], float) else str(row["keep"]),
+         f"{row['tokens']:,}", f"{row['us']:,.1f}", f"{row['share_of_limit']:.0%}",
+         times(row, "shrunk"), times(row, "masked"), times(row, "slice"))
+        for row in data["rows"]
+    ]  # fmt: skip
+
+
+def gemm_section(model: str) -> str:
+    """All masked products of one model's shapes."""
+    data = load(f"masked_gemm_{model}_h200.json")
+    titles = ("op", "selection", "keep", "tokens", "µs", "share of limit", "shrunk", "masked", "slice")
+    facts = (
+        f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, {data['date']}; copy "
+        f"{data['copy_TB_per_s']:.2f} TB/s, 8192³ product {data['product_TFLOP_per_s']:.0f} TFLOP/s."
+    )
+    return f"{facts}\n\n" + table(titles, gemm_rows(data))
+
+
+def plot_swiglu(path: Path) -> None:
+    """Speed of the masked MLP relative to shrunk cuBLAS over the number of tokens, keep 50 %."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+        rows = [r for r in load(f"masked_gemm_{model}_h200.json")["rows"] if r["op"] == "masked_swiglu"]
+        rows = [r for r in rows if r["keep"] == 0.5]
+        for selection in sorted({r["selection"] for r in rows}):
+            points = sorted((r["tokens"], r["times_faster_than_shrunk"]) for r in rows if r["selection"] == selection)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=selection)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel="tokens", title=f"{title} MLP, 50 % of the channels")
+    axes[0].set_ylabel("speed / shrunk cuBLAS")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write docs/benchmarks.md and its plot."""
+    DOCS.mkdir(exist_ok=True)
+    plot_swiglu(DOCS / "masked_swiglu.svg")
+    text = Path(__file__).with_name("report.head.md").read_text(encoding="utf-8")
+    sections = [text, "## Channel gather on a GPU", gather_section("gather_h200.json")]
+    sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]
+    for model, title in MODELS.items():
+        sections += [f"## Masked products at {title} shapes", gemm_section(model)]
+    (DOCS / "benchmarks.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
