@@ -20,9 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder, one_thread):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the new processes
-        return answer("demo", "--output", folder, "--evaluations", 100)
+    return answer("demo", "--output", folder, "--evaluations", 64)
 
 
 def test_ppf_beats_uniform_at_every_ratio(result):

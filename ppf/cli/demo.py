@@ -7,10 +7,12 @@ gets the same ranking, the same refit and the same treatment: only the policy di
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +27,6 @@ from .options import Json
 
 if TYPE_CHECKING:
     from ..progress import Progress
-    from ..results import Choice
     from ..run import Run
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -37,7 +38,7 @@ _SEQUENCE_LENGTH = 512
 
 def demo(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep run and checkpoints here.")] = None,
-    evaluations: Annotated[int, typer.Option(help="Policies that the fit measures.")] = 200,
+    evaluations: Annotated[int, typer.Option(help="Policies that the fit measures.")] = 120,
     as_json: Json = False,
 ) -> None:
     """Fit the bundled 1.8M-parameter Llama, prune it at 20, 30 and 50 %, reload each result, compare. CPU, minutes."""
@@ -76,44 +77,48 @@ def _fit(text: Path, output: Path, evaluations: int, progress: Progress) -> Run:
     from ..fitting import fit
     from ..settings import Settings
 
-    settings = Settings(evaluations=evaluations, sequence_length=_SEQUENCE_LENGTH)
+    settings = Settings(evaluations=evaluations, sequence_length=_SEQUENCE_LENGTH, evaluation_tokens=8192)
     return fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress)
 
 
 def _compare(run: Run, folder: Path, held_out: Path, progress: Progress) -> dict[str, Any]:
-    from ..results import Choice, choose
+    """Write every result, score each in a process of its own (two at a time), and put the figures side by side."""
+    results = {
+        (ratio, name): folder / f"{name}-{round(100 * ratio)}" for ratio in _RATIOS for name in ("uniform", "ppf")
+    }
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        dense = pool.submit(_in_new_process, _MODEL, held_out)
+        facts, scores = {}, {}
+        for key, output in results.items():
+            facts[key] = _deliver(run, *key, output)
+            scores[key] = pool.submit(_in_new_process, output, held_out)
+        for done, score in enumerate(as_completed([dense, *scores.values()]), start=1):
+            score.result()
+            progress("demo", done, 1 + len(scores))
+    sides = {key: facts[key] | {"held_out": scores[key].result()} for key in results}
+    rows = [{"requested_ratio": r, "uniform": sides[r, "uniform"], "ppf": sides[r, "ppf"]} for r in _RATIOS]
+    return {"dense": dense.result(), "rows": rows}
+
+
+def _deliver(run: Run, ratio: float, name: str, output: Path) -> dict[str, Any]:
+    """Choose one policy, write its checkpoint, and return what is worth telling."""
+    from ..results import Choice, choose, deliver
     from ..sampling import uniform_policy
 
-    total, rows = 1 + 2 * len(_RATIOS), []
-    progress("demo", 0, total)
-    dense = _in_new_process(_MODEL, held_out)
-    progress("demo", 1, total)
-    for ratio in _RATIOS:
-        row = {"requested_ratio": ratio}
-        for name in ("uniform", "ppf"):
-            start = time.perf_counter()
-            choice = choose(run, ratio) if name == "ppf" else Choice(uniform_policy(run.grid, ratio), "uniform", ratio)
-            row[name] = _deliver(run, choice, folder / f"{name}-{round(100 * ratio)}", held_out, start)
-            progress("demo", 1 + len(rows) * 2 + len(row) - 1, total)
-        rows.append(row)
-    return {"dense": dense, "rows": rows}
-
-
-def _deliver(run: Run, choice: Choice, output: Path, held_out: Path, start: float) -> dict[str, Any]:
-    """One result: written, reloaded in a new process, and its figures on both texts."""
-    from ..results import deliver
-
+    start = time.perf_counter()
+    choice = choose(run, ratio) if name == "ppf" else Choice(uniform_policy(run.grid, ratio), "uniform", ratio)
     report = deliver(run, choice, output)
-    seconds = time.perf_counter() - start
-    names = ("delivered_ratio", "policy", "parameters", "predicted", "measured")
-    return {name: report[name] for name in names} | {"held_out": _in_new_process(output, held_out), "seconds": seconds}
+    told = ("delivered_ratio", "policy", "parameters", "predicted", "measured")
+    return {field: report[field] for field in told} | {"seconds": time.perf_counter() - start}
 
 
 def _in_new_process(model: Path, text: Path) -> dict[str, Any]:
     """What ``ppf eval --json`` says about ``model`` in a process that knows nothing but its folder."""
     command = [sys.executable, "-m", "ppf.cli", "eval", str(model), "--text", str(text), "--device", "cpu", "--json"]
     command += ["--sequence-length", str(_SEQUENCE_LENGTH)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Two of them run side by side, so each gets one thread.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise PPFError(f"{' '.join(command)} failed with code {done.returncode}: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout)
