@@ -6,6 +6,9 @@ BIN := .venv/bin
 STAMP := .venv/.ppf-installed
 NATIVE := $(wildcard csrc/* cmake/*)
 
+# Threads that spin while they wait halve the speed of a machine that has other work.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint wheel clean
 demo: $(STAMP)
 	$(BIN)/ppf demo

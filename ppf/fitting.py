@@ -26,7 +26,7 @@ from .ranking import rank_layer
 from .run import MANIFEST, Run, layer_file, read_manifest
 from .settings import Settings
 from .structure import Structure
-from .text import Splits, pack, read_tokens, split, take_tokens
+from .text import Splits, check_context, pack, read_tokens, split, take_tokens
 from .weights import LayerRanking, permute_layer
 
 # The agent that stays is trained longer than those that only propose the next round.
@@ -56,6 +56,7 @@ def fit(
     target = checkpoint.resolve_device(device)
     config = checkpoint.check_checkpoint(model)
     structure = Structure.from_config(config)
+    check_context(settings.sequence_length, config.max_position_embeddings)
     check_evaluations(settings.evaluations, Grid(structure, settings.ffn_multiple))
     dense = _prepare(model, text, eval_text, output, settings, structure, target)
     run = Run(output, device=str(target), dense=dense)

@@ -50,6 +50,13 @@ def pack(tokens: Tensor, length: int, field: str = "text") -> Tensor:
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
+def check_context(length: int, context: int) -> None:
+    """Raise ``InputError`` if sequences of ``length`` tokens do not fit the model's ``context``."""
+    if length > context:
+        problem = f"is longer than the model's context of {context} tokens"
+        raise InputError("sequence-length", length, problem, f"Use at most {context}")
+
+
 def take_tokens(sequences: Tensor, tokens: int | None) -> Tensor:
     """About ``tokens`` tokens of ``sequences`` [N, T], evenly spaced over the text; all if ``tokens`` is None."""
     if tokens is None:

@@ -175,7 +175,7 @@ def test_folders_that_are_no_run_are_refused_and_left(tiny_run, tmp_path):
         ({"model": Path("/nowhere")}, "checkpoint"),
         ({"device": "cuda:77"}, "device"),
         ({"settings": replace(SETTINGS, ffn_multiple=48)}, "ffn-multiple"),
-        ({"settings": replace(SETTINGS, sequence_length=10**6)}, "text"),
+        ({"settings": replace(SETTINGS, sequence_length=10**6)}, "sequence-length"),
         ({"settings": replace(SETTINGS, evaluations=10**9)}, "evaluations"),
     ],
 )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
 from .console import lines, progress_bars, show
 from .options import Device, Dtype, Json, Model, SequenceLength, TextFile
 
@@ -48,16 +47,13 @@ def _measure(
     from ..checkpoint import load_tokenizer
     from ..protocol import Protocol
     from ..scoring import model_log_perplexity
-    from ..text import pack, read_tokens, take_tokens
+    from ..text import check_context, pack, read_tokens, take_tokens
 
     packed = pack(read_tokens(text, load_tokenizer(model)), sequence_length)
     sequences = take_tokens(packed, tokens)
     part = "all of it" if len(sequences) == len(packed) else "evenly spaced sequences"
     loaded = load_for_computing(model, device, dtype)
-    context = loaded.config.max_position_embeddings
-    if sequence_length > context:
-        problem = f"is longer than the model's context of {context} tokens"
-        raise InputError("sequence-length", sequence_length, problem, f"Use at most {context}")
+    check_context(sequence_length, loaded.config.max_position_embeddings)
     start = time.perf_counter()
     with progress_bars() as progress:
         value = model_log_perplexity(loaded, sequences, progress)
