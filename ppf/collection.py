@@ -20,7 +20,7 @@ from .experience import Evaluation, Experience
 from .exploration import initial_proposals, next_proposals
 from .grid import Grid
 from .policy import Policy
-from .predictor import Predictor
+from .predictor import DEFAULT, Predictor, make_predictor
 from .progress import Progress, silent
 from .settings import MINIMUM_EVALUATIONS
 from .training import fit_predictor
@@ -49,7 +49,12 @@ def schedule(evaluations: int) -> list[int]:
 
 
 def collect(
-    evaluator: Evaluator, experience: Experience, evaluations: int, seed: int, progress: Progress = silent
+    evaluator: Evaluator,
+    experience: Experience,
+    evaluations: int,
+    seed: int,
+    progress: Progress = silent,
+    kind: str = DEFAULT,
 ) -> None:
     """Run the loop until ``experience`` holds all rows of ``evaluations``; resumes what is half done."""
     done = 0
@@ -57,16 +62,23 @@ def collect(
         before = experience.rows(before_round=index)
         complete = len(experience.rows(before_round=index + 1)) - len(before) >= count
         if not complete:
-            for policy, source in _proposals(evaluator, before, index, count, seed):
+            for policy, source in _proposals(evaluator, before, index, count, seed, kind):
                 measure(evaluator, experience, policy, index, source)
                 progress("evaluate", len(experience), evaluations)
         done += count
         progress("evaluate", done, evaluations)
 
 
-def learn(grid: Grid, rows: Sequence[Evaluation], seed: int, device: torch.device, effort: float = 1.0) -> Fitted:
-    """A predictor and an agent, trained from scratch on ``rows``; ``effort`` scales the training steps."""
-    predictor, agent = Predictor(grid).to(device), Agent(grid, seed=seed).to(device)
+def learn(
+    grid: Grid,
+    rows: Sequence[Evaluation],
+    seed: int,
+    device: torch.device,
+    effort: float = 1.0,
+    kind: str = DEFAULT,
+) -> Fitted:
+    """A predictor of a ``kind`` and an agent, trained from scratch on ``rows``; ``effort`` scales their steps."""
+    predictor, agent = make_predictor(kind, grid).to(device), Agent(grid, seed=seed).to(device)
     fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(800 * effort))
     train_agent(agent, predictor, seed, steps=round(400 * effort))
     return Fitted(predictor.eval(), agent.eval())
@@ -93,11 +105,11 @@ def measure(evaluator: Evaluator, experience: Experience, policy: Policy, index:
 
 
 def _proposals(
-    evaluator: Evaluator, before: Sequence[Evaluation], index: int, count: int, seed: int
+    evaluator: Evaluator, before: Sequence[Evaluation], index: int, count: int, seed: int, kind: str
 ) -> list[tuple[Policy, str]]:
     if index == 0:
         return initial_proposals(evaluator.grid, count, seed)
-    fitted = learn(evaluator.grid, before, seed + index, evaluator.weights.device)
+    fitted = learn(evaluator.grid, before, seed + index, evaluator.weights.device, kind=kind)
     return next_proposals(fitted.agent, fitted.predictor, before, count, seed + index)
 
 

@@ -172,9 +172,9 @@ def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[s
 def _learn(run: Run, progress: Progress) -> None:
     """Collect the experience, then train the predictor and the agent that stay."""
     settings = run.settings
-    collect(run.evaluator(), run.experience, settings.evaluations, settings.seed, progress)
+    collect(run.evaluator(), run.experience, settings.evaluations, settings.seed, progress, settings.predictor)
     progress("learn", 0, 1)
-    fitted = learn(run.grid, run.experience.rows(), settings.seed, run.device, _FINAL_EFFORT)
+    fitted = learn(run.grid, run.experience.rows(), settings.seed, run.device, _FINAL_EFFORT, settings.predictor)
     write_safetensors(run.path / "predictor.safetensors", fitted.predictor.state_dict())
     write_safetensors(run.path / "agent.safetensors", fitted.agent.state_dict())
     progress("learn", 1, 1)

@@ -32,7 +32,7 @@ from .grid import Grid
 from .library import TENSORS, Library, load_refits
 from .policy import Policy
 from .precision import compute_dtype
-from .predictor import Prediction, Predictor
+from .predictor import Prediction, Predictor, make_predictor
 from .projection import check_ratio
 from .settings import Settings
 from .structure import Structure
@@ -87,7 +87,7 @@ class Run:
 
     @cached_property
     def predictor(self) -> Predictor:
-        return self._loaded(Predictor(self.grid), "predictor.safetensors")
+        return self._loaded(make_predictor(self.settings.predictor, self.grid), "predictor.safetensors")
 
     @cached_property
     def agent(self) -> Agent:

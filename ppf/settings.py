@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import InputError
+from .predictor import DEFAULT, predictor_named
 from .ranking import ranking_named
 
 
@@ -20,9 +21,11 @@ class Settings:
     sequence_length: int = 512
     calibration_tokens: int = 131_072
     evaluation_tokens: int = 16_384
+    predictor: str = DEFAULT
 
     def __post_init__(self) -> None:
         ranking_named(self.ranking)
+        predictor_named(self.predictor)
         smallest = {
             "evaluations": (MINIMUM_EVALUATIONS, "the predictor cannot learn from fewer"),
             "seed": (0, "seeds are not negative"),

@@ -122,7 +122,7 @@ def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
 def quick_learning(patch: pytest.MonkeyPatch) -> None:
     """Train predictors and agents of the fit loop for a few steps only: tests of the loop need no good ones."""
     learn = collection.learn
-    patch.setattr(collection, "learn", lambda *arguments: learn(*arguments, effort=0.05))
+    patch.setattr(collection, "learn", lambda *arguments, **named: learn(*arguments, effort=0.05, **named))
     patch.setattr(fitting, "_FINAL_EFFORT", 0.2)
 
 

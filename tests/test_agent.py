@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ppf.agent import Agent, _relax, train_agent
 from ppf.grid import Grid
 from ppf.predictor import Predictor
+from ppf.predictor.mlp import MLP
 from ppf.sampling import random_levels, random_ratios, uniform_policy
 from ppf.structure import Structure
 from ppf.training import fit_predictor
@@ -33,7 +34,7 @@ class Trained:
 def trained() -> Trained:
     generator = torch.Generator().manual_seed(0)
     levels = random_levels(GRID, random_ratios(400, generator), generator)
-    predictor, agent = Predictor(GRID, members=4, hidden=48), Agent(GRID, hidden=64)
+    predictor, agent = MLP(GRID, members=4, hidden=48), Agent(GRID, hidden=64)
     fit_predictor(predictor, levels, synthetic_log_perplexity(GRID, levels), seed=0, steps=250)
     train_agent(agent, predictor, seed=0, steps=200, batch=32)
     return Trained(agent, predictor)

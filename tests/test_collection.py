@@ -95,7 +95,7 @@ def test_killed_five_times_ends_with_the_same_rows(tmp_path, evaluator):
 
 def test_later_rounds_follow_the_agent(tmp_path, monkeypatch, evaluator):
     """With a made-up performance the agent's policies become better than random ones of the same ratio."""
-    monkeypatch.setattr(collection, "learn", lambda *a: learn(*a, effort=0.15))
+    monkeypatch.setattr(collection, "learn", lambda *a, **named: learn(*a, effort=0.15, **named))
     grid = evaluator.grid
     monkeypatch.setattr(
         Interrupted, "log_perplexity", lambda self, p: float(synthetic_log_perplexity(grid, grid.encode([p]))[0])

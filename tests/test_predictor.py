@@ -6,7 +6,8 @@ from factories import synthetic_log_perplexity
 from safetensors.torch import load_file, save_file
 
 from ppf.grid import Grid
-from ppf.predictor import Predictor, one_hot
+from ppf.predictor import one_hot
+from ppf.predictor.mlp import MLP
 from ppf.sampling import random_levels, random_ratios
 from ppf.structure import Structure
 from ppf.training import fit_predictor
@@ -16,10 +17,10 @@ GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)  # 4 levels of attention, 5 of th
 
 
 @pytest.fixture(scope="module")
-def fitted() -> tuple[Predictor, torch.Tensor]:
+def fitted() -> tuple[MLP, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     levels = random_levels(GRID, random_ratios(120, generator), generator)
-    predictor = Predictor(GRID, hidden=32)
+    predictor = MLP(GRID, hidden=32)
     fit_predictor(predictor, levels, synthetic_log_perplexity(GRID, levels), seed=0, steps=80)
     return predictor, levels
 
@@ -42,7 +43,7 @@ def test_definite_policies_are_the_corners_of_relaxed_ones(fitted):
 
 
 def test_gradients_in_relaxed_policies_equal_finite_differences(fitted):
-    predictor = Predictor(GRID, hidden=32)
+    predictor = MLP(GRID, hidden=32)
     predictor.load_state_dict(fitted[0].state_dict())
     predictor.double().requires_grad_(False)
     logits = torch.randn(2, GRID.sublayers, GRID.levels, dtype=torch.float64)
@@ -61,7 +62,7 @@ def test_nats_round_trip(fitted):
 def test_saved_and_loaded_predicts_the_same(fitted, tmp_path):
     predictor, levels = fitted
     save_file(predictor.state_dict(), tmp_path / "predictor.safetensors")
-    again = Predictor(GRID, hidden=32)
+    again = MLP(GRID, hidden=32)
     before = again(levels)
     again.load_state_dict(load_file(tmp_path / "predictor.safetensors"))
     after, expected = again(levels), predictor(levels)
@@ -80,7 +81,7 @@ def test_predictions_are_made_row_by_row(fitted):
 @pytest.mark.gpu
 def test_cuda_predicts_what_the_cpu_does(fitted):
     predictor, levels = fitted
-    on_gpu = Predictor(GRID, hidden=32)
+    on_gpu = MLP(GRID, hidden=32)
     on_gpu.load_state_dict(predictor.state_dict())
     found = on_gpu.cuda()(levels)
     torch.testing.assert_close(found.mean.cpu(), predictor(levels).mean, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from ppf.errors import InputError
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
 from ppf.grid import Grid
-from ppf.predictor import Predictor
+from ppf.predictor import make_predictor
 from ppf.search import SEARCH_ROUND, Search
 from ppf.structure import Structure
 
@@ -129,6 +129,6 @@ def test_a_budget_with_few_policies_ends_with_an_error(fitted, tmp_path, monkeyp
     grid = Grid(weights.structure, 16)
     assert weights.structure == structure
     measuring = Synthetic(weights, grid, tokens(2, 12))
-    one = Search(measuring, Experience(tmp_path / "small.sqlite"), Predictor(grid), Agent(grid), 0.3, 0)
+    one = Search(measuring, Experience(tmp_path / "small.sqlite"), make_predictor("mlp", grid), Agent(grid), 0.3, 0)
     with pytest.raises(InputError, match="no more policies"):
         one.run(20)

@@ -5,9 +5,9 @@ import torch
 from factories import synthetic_log_perplexity
 from scipy.stats import spearmanr
 
-from ppf import training
 from ppf.grid import Grid
-from ppf.predictor import Predictor, one_hot
+from ppf.predictor import Predictor, ensemble, one_hot
+from ppf.predictor.mlp import MLP
 from ppf.sampling import random_levels, random_ratios
 from ppf.structure import Structure
 from ppf.training import fit_predictor
@@ -26,7 +26,7 @@ def data(count: int, seed: int, ratio: float | None = None) -> tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def fitted() -> Predictor:
-    predictor = Predictor(GRID, hidden=64)
+    predictor = MLP(GRID, hidden=64)
     fit_predictor(predictor, *data(400, seed=0), seed=0, steps=300)
     return predictor
 
@@ -53,7 +53,7 @@ def test_it_is_more_than_additive(fitted):
 def test_shuffled_measurements_teach_nothing():
     levels, values = data(400, seed=0)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(3))
-    predictor = Predictor(GRID, hidden=64)
+    predictor = MLP(GRID, hidden=64)
     fit_predictor(predictor, levels, values[order], seed=0, steps=100)
     for ratio in RATIOS:
         unseen, truth = data(200, seed=1, ratio=ratio)
@@ -70,7 +70,7 @@ def test_two_standard_deviations_hold_most_unseen_policies(fitted):
 def test_uncertainty_grows_away_from_the_data():
     levels, values = data(400, seed=0)
     mild = GRID.kept(levels) > 0.6 * GRID.structure.decoder_parameters
-    predictor = Predictor(GRID, hidden=64)
+    predictor = MLP(GRID, hidden=64)
     fit_predictor(predictor, levels[mild], values[mild], seed=0, steps=150)
     spread = predictor(levels).std
     assert spread[~mild].mean() > 1.5 * spread[mild].mean()
@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_weights():
 
     def fit(seed: int) -> dict[str, torch.Tensor]:
         torch.randn(3)  # the global generator must not matter
-        predictor = Predictor(GRID, hidden=16)
+        predictor = MLP(GRID, hidden=16)
         fit_predictor(predictor, levels, values, seed=seed, steps=20)
         return predictor.state_dict()
 
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_refitting_goes_on_from_the_weights_there_are():
     levels, values = data(200, seed=0)
-    predictor = Predictor(GRID, hidden=32)
+    predictor = MLP(GRID, hidden=32)
     fit_predictor(predictor, levels[:100], values[:100], seed=0, steps=150)
     frozen = {name: predictor.get_buffer(name).clone() for name in ("center", "offset", "target_mean", "target_std")}
     unseen, truth = data(200, seed=5)
@@ -104,13 +104,13 @@ def test_refitting_goes_on_from_the_weights_there_are():
 
 @pytest.mark.parametrize("rows", [24, 25, 101])
 def test_every_row_is_hidden_from_two_members(rows):
-    held_out = training._folds(rows, 8, seed=0)
+    held_out = ensemble._folds(rows, 8, seed=0)
     assert (held_out.sum(0) == 2).all() and held_out.sum(1).min() >= rows // 4
 
 
 def test_equal_measurements_are_no_trouble():
     levels, values = data(40, seed=0)
-    predictor = Predictor(GRID, hidden=16)
+    predictor = MLP(GRID, hidden=16)
     fit_predictor(predictor, levels, torch.full_like(values, 3.0), seed=0, steps=20)
     found = predictor(levels)
     assert found.mean.isfinite().all() and found.std.isfinite().all()

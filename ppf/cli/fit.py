@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ def fit(
     sequence_length: SequenceLength = 512,
     calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,
     evaluation_tokens: Annotated[int, typer.Option(help="At most so many tokens of evaluation text.")] = 16_384,
+    predictor: Annotated[str | None, typer.Option(help="Kind of predictor: mlp.")] = None,
     as_json: Json = False,
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
@@ -36,6 +38,8 @@ def fit(
     settings = Settings(
         evaluations, seed, ranking, ffn_multiple, sequence_length, calibration_tokens, evaluation_tokens
     )
+    if predictor:
+        settings = replace(settings, predictor=predictor)
     with progress_bars() as progress:
         run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
     facts = run_facts(run)

@@ -1,0 +1,6 @@
+"""The predictor: policy → log-perplexity with an uncertainty, batched and differentiable in relaxed policies."""
+
+from .base import Prediction, Predictor, one_hot
+from .kinds import DEFAULT, KINDS, make_predictor, predictor_named
+
+__all__ = ["DEFAULT", "KINDS", "Prediction", "Predictor", "make_predictor", "one_hot", "predictor_named"]

@@ -1,0 +1,23 @@
+"""The kinds of predictor by name. A run names its kind in its settings."""
+
+from __future__ import annotations
+
+from ..errors import InputError
+from ..grid import Grid
+from .base import Predictor
+from .mlp import MLP
+
+KINDS: dict[str, type[Predictor]] = {kind.kind: kind for kind in (MLP,)}
+DEFAULT = MLP.kind
+
+
+def predictor_named(kind: str) -> type[Predictor]:
+    """The class of a kind. Raises ``InputError`` for a name that is none."""
+    if kind not in KINDS:
+        raise InputError("predictor", kind, "is no kind of predictor", f"Use one of {sorted(KINDS)}")
+    return KINDS[kind]
+
+
+def make_predictor(kind: str, grid: Grid) -> Predictor:
+    """An untrained predictor of a kind, on the CPU. Raises ``InputError`` for a name that is none."""
+    return predictor_named(kind)(grid)
