@@ -50,6 +50,14 @@ def ffn_inner(x: Tensor, layer: LayerWeights, width: int) -> Tensor:
     return F.silu(F.linear(x, layer.gate[:width])) * F.linear(x, layer.up[:width])
 
 
+def accumulate(x: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, hidden] + inner [B, T, n] · weightᵀ, weight [hidden, n]. On a GPU x itself takes the sum."""
+    if not x.is_cuda:
+        return x + F.linear(inner, weight)
+    x.view(-1, x.shape[-1]).addmm_(inner.reshape(-1, inner.shape[-1]), weight.t())
+    return x
+
+
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm over the last dimension, computed in fp32 inside."""
     return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
