@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import elementwise  # noqa: F401  (defines the ops)
 from .structure import Structure
 from .weights import DecoderWeights, LayerWeights
 
@@ -18,15 +19,10 @@ _LOGIT_BYTES = 1 << 30
 
 
 def rope(weights: DecoderWeights, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, 1, T, head_dim] for positions 0…T-1 in the model's dtype."""
+    """cos and sin [T, head_dim] for positions 0…T-1 in the model's dtype."""
     position = torch.arange(length, device=weights.device)[None]
     cos, sin = weights.rotary(weights.embedding, position)
-    return cos[:, None], sin[:, None]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return cos[0].contiguous(), sin[0].contiguous()
 
 
 def attention_inner(
@@ -35,19 +31,19 @@ def attention_inner(
     """Input of o_proj, [B, T, width·g·d], from normalised x [B, T, hidden] and the first ``width`` kv-groups."""
     batch, length, _ = x.shape
     d, rows = structure.head_dim, structure.group_rows
-    q = F.linear(x, layer.q[: width * rows]).view(batch, length, -1, d).transpose(1, 2)
-    k = F.linear(x, layer.k[: width * d]).view(batch, length, width, d).transpose(1, 2)
-    v = F.linear(x, layer.v[: width * d]).view(batch, length, width, d).transpose(1, 2)
-    q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
-    if structure.heads_per_group > 1:
+    parts = (F.linear(x, w) for w in (layer.q[: width * rows], layer.k[: width * d], layer.v[: width * d]))
+    q, k, v = (part.view(batch, length, -1, d) for part in parts)
+    turned = (torch.ops.ppf.rotate(part, *cos_sin) for part in (q, k))
+    q, k, v = (part.transpose(1, 2) for part in (*turned, v))
+    if structure.heads_per_group > 1 and not x.is_cuda:  # on a CPU the grouped form is the slow one
         k, v = (t.repeat_interleave(structure.heads_per_group, dim=1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
     return out.transpose(1, 2).reshape(batch, length, width * rows)
 
 
 def ffn_inner(x: Tensor, layer: LayerWeights, width: int) -> Tensor:
     """Input of down_proj, [B, T, width], from normalised x [B, T, hidden] and the first ``width`` channels."""
-    return F.silu(F.linear(x, layer.gate[:width])) * F.linear(x, layer.up[:width])
+    return torch.ops.ppf.silu_mul(F.linear(x, layer.gate[:width]), F.linear(x, layer.up[:width]))
 
 
 def accumulate(x: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
@@ -73,7 +69,7 @@ def head_losses(normed: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     x, targets = normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     block = max(1, _LOGIT_BYTES // (4 * len(head)))
     losses = [
-        F.cross_entropy(F.linear(part, head).float(), target, reduction="none")
+        torch.ops.ppf.row_losses(F.linear(part, head), target)
         for part, target in zip(x.split(block), targets.split(block), strict=True)
     ]
     return torch.cat(losses).view(len(tokens), -1)

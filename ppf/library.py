@@ -118,6 +118,15 @@ class Library:
         self._cache.move_to_end(key)
         return self._cache[key]
 
+    def levels(self, sublayer: int) -> Tensor:
+        """The refitted o or down of all levels, [levels, hidden, n], zero past each level's width. Not kept here."""
+        refit = self._refits[sublayer]
+        dtype = self._dtype or refit.dense.dtype
+        stacked = torch.zeros(len(refit.widths), *refit.dense.shape, dtype=dtype, device=refit.dense.device)
+        for level, width in enumerate(refit.widths):
+            stacked[level, :, :width] = refit.weight(level)
+        return stacked
+
     def _keep(self, key: tuple[int, int], weight: Tensor) -> None:
         self._cache[key] = weight
         self._bytes += weight.nbytes

@@ -1,15 +1,22 @@
 """Masked evaluation against Hugging Face models that are dense, masked, or physically smaller."""
 
+import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from factories import dense_weights, llama, llama_config, random_ranking, tokens
 
-from ppf.evaluation import Evaluator
+from ppf.calibration import calibrate
+from ppf.errors import InputError
+from ppf.evaluation import Evaluator, batched
+from ppf.evaluation.plan import executed, order, shared, walk
+from ppf.evaluation.serial import Serial
 from ppf.grid import Grid
+from ppf.library import Library, refit_layer
 from ppf.policy import Policy
+from ppf.sampling import mutate, random_levels
 from ppf.text import BATCH_TOKENS
 from ppf.weights import DecoderWeights, LayerRanking, expand_units
 
@@ -26,10 +33,10 @@ def policy_for(policy: Policy, heads: str) -> Policy:
 def masked(model, ranking: list[LayerRanking], policy: Policy):
     """The dense model with the columns of all pruned units set to zero, in place."""
     size = model.config.head_dim * (model.config.num_attention_heads // model.config.num_key_value_heads)
-    for index, (layer, order) in enumerate(zip(model.model.layers, ranking, strict=True)):
-        lost = expand_units(order.attention[policy.attention[index] :], size)
+    for index, (layer, ranked) in enumerate(zip(model.model.layers, ranking, strict=True)):
+        lost = expand_units(ranked.attention[policy.attention[index] :], size)
         layer.self_attn.o_proj.weight.data[:, lost] = 0
-        layer.mlp.down_proj.weight.data[:, order.ffn[policy.ffn[index] :]] = 0
+        layer.mlp.down_proj.weight.data[:, ranked.ffn[policy.ffn[index] :]] = 0
     return model
 
 
@@ -124,6 +131,118 @@ def test_nan_weights_are_not_hidden():
     model, weights = dense_weights()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     assert math.isnan(evaluator(weights, random_ranking(weights.structure)).log_perplexity(Policy([3] * 4, [64] * 4)))
+
+
+def population(grid: Grid, count: int = 12) -> list[Policy]:
+    """Random policies, neighbours that begin like them, the dense one, and one twice."""
+    generator = torch.Generator().manual_seed(5)
+    parents = random_levels(grid, torch.linspace(0.1, 0.6, count // 3), generator)
+    mutants = mutate(parents.repeat(2, 1), grid, generator, swaps=1)
+    late = torch.tensor([grid.maximum] * 2)
+    late[0, grid.structure.layers - 1] -= 1  # pruned in the last layer only
+    late[1, -1] -= 1
+    return [*grid.decode(torch.cat((parents, mutants, late))), grid.dense(), grid.decode(parents[:1])[0]]
+
+
+def test_walks_start_where_an_earlier_policy_was_left():
+    _, weights = dense_weights()
+    grid = Grid(weights.structure, 8)
+    levels = [executed(row) for row in grid.encode(population(grid)).tolist()]
+    dense, held = executed(grid.maximum), {}
+    steps = walk(levels, dense)
+    assert sorted(step.index for step in steps) == list(range(len(levels)))
+    for at, step in enumerate(steps):
+        row = levels[step.index]
+        held = {depth: prefix for depth, prefix in held.items() if depth <= step.start}
+        assert held.get(step.start, dense[: step.start]) == row[: step.start]
+        if at:  # as deep as with the policy before: the deepest there is, in sorted order
+            assert step.start == max(shared(row, levels[other.index]) for other in steps[:at])
+        held |= {depth: row[:depth] for depth in step.keep}
+    assert sum(step.start for step in steps) > 0.2 * len(levels) * len(dense)
+    assert order([[1, 2], [3, 0], [1, 3]]) == [1, 2, 0] and walk([], dense) == []
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_policies_do_not_depend_on_their_company(monkeypatch, limit):
+    monkeypatch.setattr("ppf.evaluation.serial._DENSE_BYTES", limit)
+    _, weights = dense_weights()
+    ours = evaluator(weights, random_ranking(weights.structure))
+    policies = population(ours.grid)
+    alone = [evaluator(weights, random_ranking(weights.structure)).log_perplexity(p) for p in policies]
+    assert ours.log_perplexities(policies) == alone == ours.log_perplexities(policies)
+    assert ours.log_perplexities([]) == []
+
+
+def test_fewer_tokens_are_a_part_of_the_text():
+    _, weights = dense_weights()
+    ours = evaluator(weights, random_ranking(weights.structure))
+    part = evaluator(weights, random_ranking(weights.structure), IDS[[0, 2]])  # evenly spread
+    assert ours.log_perplexities(POLICIES, tokens=50) == part.log_perplexities(POLICIES)
+    assert ours.log_perplexity(POLICIES[1], tokens=10**9) == ours.log_perplexity(POLICIES[1])
+    with pytest.raises(InputError, match="tokens"):
+        ours.log_perplexities(POLICIES, tokens=0)
+
+
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("members", [1, 3, 64])
+def test_batched_is_serial(heads, refit, members):
+    """The batched engine on the ops' references, exact up to rounding."""
+    _, weights = dense_weights(heads)
+    grid = Grid(weights.structure, 8)
+    weights = weights.permuted(random_ranking(weights.structure))
+    library = library_of(weights, grid) if refit else None
+    engine = batched.Batched(weights, grid, batched.prepare(weights, grid, library), IDS)
+    engine.members = members
+    levels = [executed(row) for row in grid.encode(population(grid)).tolist()]
+    expected = Serial(weights, grid, IDS, library).losses(levels)
+    torch.testing.assert_close(engine.losses(levels), expected, rtol=1e-5, atol=0)
+    assert expected.unique().numel() > 10
+
+
+def library_of(weights: DecoderWeights, grid: Grid) -> Library:
+    """Refits for weights that stand in ranking order already."""
+    same = [LayerRanking(torch.arange(grid.structure.kv_groups), torch.arange(grid.structure.channels))]
+    statistics = calibrate(weights, tokens(8, 40))
+    refits = [refit_layer(w, s, same[0], grid) for w, s in zip(weights.layers, statistics, strict=True)]
+    return Library([attention for attention, _ in refits] + [ffn for _, ffn in refits])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_engines_agree_on_a_gpu(heads, refit, dtype):
+    """fp32 and odd sizes take the serial engine, 16-bit powers of two the batched one; both against fp32 on the CPU."""
+    changes = {"hidden_size": 64, "head_dim": 16} if dtype == torch.bfloat16 else {}
+    _, exact = dense_weights(heads, **changes)
+    grid = Grid(exact.structure, 8)
+    exact = exact.permuted(random_ranking(exact.structure))
+    library = library_of(exact, grid) if refit else None
+    policies = population(grid)
+    expected = Evaluator(exact, grid, IDS, library).log_perplexities(policies)
+    on_gpu = to_cuda(exact.to(dtype))
+    ours = Evaluator(on_gpu, grid, IDS, library_to_cuda(library, dtype) if refit else None)
+    found = ours.log_perplexities(policies)
+    assert batched.applies(on_gpu) == (dtype == torch.bfloat16)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert [ours.log_perplexity(p) for p in policies] == found  # bit for bit, alone or in company
+    shuffled = policies[::-1]
+    assert ours.log_perplexities(shuffled) == found[::-1]
+
+
+def to_cuda(weights: DecoderWeights) -> DecoderWeights:
+    layers = tuple(
+        replace(layer, **{f.name: getattr(layer, f.name).cuda() for f in fields(layer)}) for layer in weights.layers
+    )
+    moved = {name: getattr(weights, name).cuda() for name in ("embedding", "norm", "head")}
+    return replace(weights, layers=layers, rotary=copy.deepcopy(weights.rotary).cuda(), **moved)
+
+
+def library_to_cuda(library: Library, dtype: torch.dtype) -> Library:
+    moved = [replace(r, dense=r.dense.cuda(), half=r.half.cuda(), factor=r.factor.cuda()) for r in library._refits]
+    return Library(moved, dtype)
 
 
 @pytest.mark.gpu

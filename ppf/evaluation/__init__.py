@@ -15,7 +15,10 @@ from ..library import Library
 from ..policy import Policy
 from ..text import take_tokens
 from ..weights import DecoderWeights
-from .serial import Serial, executed
+from . import batched
+from .batched import Batched
+from .plan import executed
+from .serial import Serial
 
 # Policies worth handing over at once: enough to share work, few enough that a kill loses seconds.
 _CHUNK = {"cuda": 32, "cpu": 4}
@@ -32,17 +35,21 @@ class Evaluator:
     def __init__(self, weights: DecoderWeights, grid: Grid, sequences: Tensor, library: Library | None = None):
         self.weights, self.grid, self.library = weights, grid, library
         self.sequences = sequences.to(weights.device)
-        self._engines: dict[int, Serial] = {}
+        self._engines: dict[int, Serial | Batched] = {}
 
     @property
     def tokens(self) -> int:
         """Number of tokens in the evaluation text."""
         return self.sequences.numel()
 
-    @cached_property
+    @property
     def chunk(self) -> int:
         """How many policies to evaluate at once if there are many."""
         return _CHUNK[self.weights.device.type]
+
+    @cached_property
+    def _prepared(self) -> list[batched.PreparedLayer]:
+        return batched.prepare(self.weights, self.grid, self.library)
 
     def log_perplexity(self, policy: Policy, tokens: int | None = None) -> float:
         """Mean negative log-likelihood per predicted token, in nats; ``tokens`` as in :meth:`log_perplexities`."""
@@ -69,8 +76,13 @@ class Evaluator:
         engine.visit([executed(self.grid.encode([policy])[0].tolist())], lambda _, hidden, __: found.append(hidden))
         return F.linear(norm(torch.cat(found), self.weights.norm, self.weights.epsilon), self.weights.head)
 
-    def _engine(self, sequences: Tensor) -> Serial:
+    def _engine(self, sequences: Tensor) -> Serial | Batched:
         """The engine of a part of the text; kept, for it remembers dense activations."""
         if len(sequences) not in self._engines:
-            self._engines[len(sequences)] = Serial(self.weights, self.grid, sequences, self.library)
+            self._engines[len(sequences)] = self._make_engine(sequences)
         return self._engines[len(sequences)]
+
+    def _make_engine(self, sequences: Tensor) -> Serial | Batched:
+        if batched.applies(self.weights):
+            return Batched(self.weights, self.grid, self._prepared, sequences)
+        return Serial(self.weights, self.grid, sequences, self.library)

@@ -20,6 +20,12 @@ class Step:
     keep: frozenset[int]
 
 
+def executed(levels: Sequence[int]) -> list[int]:
+    """Levels in the grid's order (all attention, then all FFN) put into execution order."""
+    layers = len(levels) // 2
+    return [levels[index // 2 + layers * (index % 2)] for index in range(2 * layers)]
+
+
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of leading sub-layers on which two policies agree."""
     return next((depth for depth, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

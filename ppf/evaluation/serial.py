@@ -17,7 +17,7 @@ from ..grid import Grid
 from ..library import Library
 from ..text import batches
 from ..weights import DecoderWeights
-from .plan import Step, walk
+from .plan import Step, executed, walk
 
 # For activations of the dense model below the first pruned sub-layer.
 _DENSE_BYTES = 2 << 30
@@ -96,9 +96,3 @@ class Serial:
 
     def _output(self, sublayer: int, level: int, dense_prefix: Tensor) -> Tensor:
         return dense_prefix if self.library is None else self.library.weight(sublayer, level)
-
-
-def executed(levels: Sequence[int]) -> list[int]:
-    """Levels in the grid's order (all attention, then all FFN) put into execution order."""
-    layers = len(levels) // 2
-    return [levels[index // 2 + layers * (index % 2)] for index in range(2 * layers)]

@@ -1,0 +1,257 @@
+"""A small Llama (hidden size up to 256) for many policies at once: three kernels a layer and one for the losses.
+
+A batch has members: distinct beginnings of policies, each with all tokens of the text. Tables on the device say which
+member's activations a member starts from and at which levels; programs stop at their member's width, so nothing is
+computed that is pruned and the host does no work per policy. One block of tokens holds a whole row of the residual
+stream, so norms, rotation, residual sums, silu·mul and softmax stay in registers; of a layer only q, k, v, the
+attention's output and the residual stream travel through memory.
+
+Rows of q and k are interleaved within a head (0, d/2, 1, d/2+1, …), rows of gate and up within the FFN: what is
+combined elementwise then lies in neighbouring columns of one product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import precision
+
+
+@triton.jit
+def _rms_norm(x, weight, epsilon, H: tl.constexpr):
+    """x fp32 [BM, H] over its root mean square, times the weight, in the weight's dtype."""
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + epsilon)
+    w = tl.load(weight + tl.arange(0, H))
+    return (x * scale[:, None] * w.to(tl.float32)[None, :]).to(weight.dtype.element_ty)
+
+
+@triton.jit
+def _rows(base, member, m, tokens, width, BLOCK: tl.constexpr):
+    """Addresses [BM, BLOCK] of the first columns of one member's token rows m."""
+    return base + (member.to(tl.int64) * tokens + m)[:, None] * width + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def project_kernel(
+    x, norm, weight, cos, sin, source, level, y, tokens, length, width, epsilon,
+    GROUP_ROWS: tl.constexpr, ROTATED: tl.constexpr, D: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Norm, then q, k and v of the kept kv-groups, q and k rotated."""
+    member = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = (m < tokens)[:, None]
+    kept = tl.load(level + member) * GROUP_ROWS
+    k = tl.arange(0, H)
+    if kept > 0:
+        rows = tl.load(_rows(x, tl.load(source + member), m, tokens, H, H), mask=inside, other=0.0)
+        normed = _rms_norm(rows.to(tl.float32), norm, epsilon, H)
+        angles = (m % length)[:, None] * (D // 2)
+        for start in range(0, kept, BN):
+            n = start + tl.arange(0, BN)
+            w = tl.load(weight + n[:, None] * H + k[None, :], mask=(n < kept)[:, None], other=0.0)
+            acc = tl.dot(normed, w.T, input_precision=PRECISION)
+            within = (start + 2 * tl.arange(0, BN // 2)) % GROUP_ROWS
+            turned = (within < ROTATED)[None, :]
+            angle = angles + (within % D // 2)[None, :]
+            c = tl.load(cos + angle, mask=turned, other=1.0)
+            s = tl.load(sin + angle, mask=turned, other=0.0)
+            first, second = tl.split(tl.reshape(acc, [BM, BN // 2, 2]))
+            out = tl.reshape(tl.join(first * c - second * s, second * c + first * s), [BM, BN])
+            at = _rows(y, member, m, tokens, width, BN) + start
+            tl.store(at, out.to(y.dtype.element_ty), mask=inside & (n < kept)[None, :])
+
+
+@triton.jit
+def _attend(q, k_rows, v_rows, m, start, length, width, best, total, acc, scale, DIAGONAL: tl.constexpr,
+            PRECISION: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One step of streaming softmax over keys [start, start + BN)."""
+    n = start + tl.arange(0, BN)
+    offset = start * width
+    if DIAGONAL:
+        k = tl.load(k_rows + offset, mask=(n < length)[:, None], other=0.0)
+        v = tl.load(v_rows + offset, mask=(n < length)[:, None], other=0.0)
+    else:
+        k = tl.load(k_rows + offset)
+        v = tl.load(v_rows + offset)
+    scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    if DIAGONAL:
+        scores = tl.where(m[:, None] >= n[None, :], scores, float("-inf"))
+    new = tl.maximum(best, tl.max(scores, 1))
+    p = tl.exp2(scores - new[:, None])
+    shrink = tl.exp2(best - new)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def attention_kernel(
+    qkv, level, y, tokens, length, width, width_y, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of one head, one sequence and BM queries; BM is a multiple of BN."""
+    member = tl.program_id(2)
+    head = tl.program_id(1)
+    sequences = tokens // length
+    tile = tl.program_id(0) // sequences
+    sequence = tl.program_id(0) % sequences
+    group = head // HEADS
+    if group < tl.load(level + member):
+        m = tile * BM + tl.arange(0, BM)
+        lane = tl.arange(0, D)[None, :]
+        first = member.to(tl.int64) * tokens + sequence * length
+        base = qkv + first * width + group * (HEADS + 2) * D + lane
+        q_rows = base + m[:, None] * width + head % HEADS * D
+        q = tl.load(q_rows, mask=(m < length)[:, None], other=0.0)
+        k_rows = base + tl.arange(0, BN)[:, None] * width + HEADS * D
+        v_rows = k_rows + D
+        best = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        for start in range(0, tile * BM, BN):
+            best, total, acc = _attend(
+                q, k_rows, v_rows, m, start, length, width, best, total, acc, scale, False, PRECISION, BN
+            )
+        for start in range(tile * BM, tl.minimum(tile * BM + BM, length), BN):
+            best, total, acc = _attend(
+                q, k_rows, v_rows, m, start, length, width, best, total, acc, scale, True, PRECISION, BN
+            )
+        at = y + (first + m)[:, None] * width_y + head * D + lane
+        tl.store(at, (acc / total[:, None]).to(y.dtype.element_ty), mask=(m < length)[:, None])
+
+
+@triton.jit
+def mix_kernel(
+    x, inner, o, norm, gate_up, down, source, source_inner, level_attention, level_ffn, y, tokens, epsilon,
+    width_inner, stride_o_level, stride_o, stride_down_level, stride_down,
+    UNIT: tl.constexpr, MULTIPLE: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The rest of a layer: residual sum of o, norm, gate and up, silu·mul, residual sum of down."""
+    member = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = (m < tokens)[:, None]
+    k = tl.arange(0, H)
+    attention = tl.load(level_attention + member)
+    ffn = tl.load(level_ffn + member)
+    acc = tl.load(_rows(x, tl.load(source + member), m, tokens, H, H), mask=inside, other=0.0).to(tl.float32)
+
+    kept = attention * UNIT
+    inner_rows = _rows(inner, tl.load(source_inner + member), m, tokens, width_inner, BK)
+    o_rows = o + attention.to(tl.int64) * stride_o_level + k[:, None] * stride_o + tl.arange(0, BK)[None, :]
+    for start in range(0, kept, BK):
+        column = (start + tl.arange(0, BK) < kept)[None, :]
+        a = tl.load(inner_rows + start, mask=inside & column, other=0.0)
+        b = tl.load(o_rows + start, mask=column, other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+
+    normed = _rms_norm(acc, norm, epsilon, H)
+    width = ffn * MULTIPLE
+    down_rows = down + ffn.to(tl.int64) * stride_down_level + k[:, None] * stride_down + tl.arange(0, BC)[None, :]
+    for start in range(0, width, BC):
+        n = 2 * start + tl.arange(0, 2 * BC)
+        w = tl.load(gate_up + n[:, None] * H + k[None, :], mask=(n < 2 * width)[:, None], other=0.0)
+        gate, up = tl.split(tl.reshape(tl.dot(normed, w.T, input_precision=PRECISION), [BM, BC, 2]))
+        act = (gate / (1.0 + tl.exp(-gate)) * up).to(normed.dtype)
+        b = tl.load(down_rows + start, mask=(start + tl.arange(0, BC) < width)[None, :], other=0.0)
+        acc = tl.dot(act, b.T, acc, input_precision=PRECISION)
+    tl.store(_rows(y, member, m, tokens, H, H), acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def loss_kernel(
+    x, norm, head, targets, sums, tokens, length, vocabulary, epsilon,
+    H: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Sum over BM tokens of -log softmax(head · norm(x))[target], without the last token of each sequence."""
+    member = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    counted = (m < tokens) & (m % length != length - 1)
+    k = tl.arange(0, H)
+    rows = tl.load(_rows(x, member, m, tokens, H, H), mask=(m < tokens)[:, None], other=0.0)
+    normed = _rms_norm(rows.to(tl.float32), norm, epsilon, H)
+    best = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for start in range(0, vocabulary, BV):
+        n = start + tl.arange(0, BV)
+        w = tl.load(head + n[:, None] * H + k[None, :], mask=(n < vocabulary)[:, None], other=0.0)
+        logits = tl.dot(normed, w.T, input_precision=PRECISION) * 1.4426950408889634
+        logits = tl.where((n < vocabulary)[None, :], logits, float("-inf"))
+        new = tl.maximum(best, tl.max(logits, 1))
+        total = total * tl.exp2(best - new) + tl.sum(tl.exp2(logits - new[:, None]), 1)
+        best = new
+    target = tl.load(targets + m, mask=counted, other=0)
+    chosen = tl.load(head + target[:, None] * H + k[None, :], mask=counted[:, None], other=0.0)
+    logit = tl.sum(normed.to(tl.float32) * chosen.to(tl.float32), 1)
+    loss = (best + tl.log2(total)) * 0.6931471805599453 - logit
+    tl.store(sums + member * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(counted, loss, 0.0)))
+
+
+PROJECT = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 2}
+ATTENTION = {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
+MIX = {"BM": 128, "BK": 64, "BC": 64, "num_warps": 8, "num_stages": 1}
+LOSS = {"BM": 128, "BV": 128, "num_warps": 8, "num_stages": 2}
+
+
+def project(
+    x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, source: Tensor, level: Tensor, length: int,
+    group_rows: int, epsilon: float, config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [·, N, H] -> q, k and v [D, N, rows of weight], D members; undefined past each member's kept rows."""
+    members, tokens, hidden = len(level), x.shape[1], x.shape[2]
+    c, d = config or PROJECT, 2 * cos.shape[-1]
+    y = x.new_empty(members, tokens, len(weight))
+    project_kernel[triton.cdiv(tokens, c["BM"]), members](
+        x, norm, weight, cos, sin, source, level, y, tokens, length, len(weight), epsilon, GROUP_ROWS=group_rows,
+        ROTATED=group_rows - d, D=d, H=hidden, PRECISION=precision(x.dtype), **c,
+    )  # fmt: skip
+    return y
+
+
+def attention(
+    qkv: Tensor, level: Tensor, length: int, heads: int, head_dim: int, config: dict[str, int] | None = None
+) -> Tensor:
+    """q, k and v [D, N, G·(g+2)·d] of sequences of ``length`` -> [D, N, G·g·d]; undefined past the kept groups."""
+    members, tokens, width = qkv.shape
+    groups, c = width // ((heads + 2) * head_dim), config or ATTENTION
+    y = qkv.new_empty(members, tokens, groups * heads * head_dim)
+    attention_kernel[triton.cdiv(length, c["BM"]) * (tokens // length), groups * heads, members](
+        qkv, level, y, tokens, length, width, y.shape[2], head_dim**-0.5 * 1.4426950408889634, HEADS=heads, D=head_dim,
+        PRECISION=precision(qkv.dtype), **c,
+    )  # fmt: skip
+    return y
+
+
+def mix(
+    x: Tensor, inner: Tensor, o: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, source: Tensor,
+    source_inner: Tensor, level_attention: Tensor, level_ffn: Tensor, unit: int, multiple: int, epsilon: float,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [·, N, H], inner [·, N, G·g·d], o [levels, H, G·g·d], down [levels, H, C] -> the layer's output [D, N, H]."""
+    members, tokens, hidden = len(level_ffn), x.shape[1], x.shape[2]
+    c = config or MIX
+    y = x.new_empty(members, tokens, hidden)
+    mix_kernel[triton.cdiv(tokens, c["BM"]), members](
+        x, inner, o, norm, gate_up, down, source, source_inner, level_attention, level_ffn, y, tokens, epsilon,
+        inner.shape[2], o.stride(0), o.stride(1), down.stride(0), down.stride(1), UNIT=unit, MULTIPLE=multiple,
+        H=hidden, PRECISION=precision(x.dtype), **c,
+    )  # fmt: skip
+    return y
+
+
+def losses(
+    x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, length: int, epsilon: float,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [D, N, H] and the next token of every token int64 [N] -> summed losses fp64 [D]."""
+    members, tokens, hidden = x.shape
+    c = config or LOSS
+    tiles = triton.cdiv(tokens, c["BM"])
+    sums = torch.empty(members, tiles, dtype=torch.float32, device=x.device)
+    loss_kernel[tiles, members](
+        x, norm, head, targets, sums, tokens, length, len(head), epsilon, H=hidden, PRECISION=precision(x.dtype), **c
+    )
+    return sums.double().sum(1)

@@ -1,0 +1,162 @@
+"""Many policies at once on a GPU, for models so small that launches and memory traffic are what they cost.
+
+Policies go in chunks, those that begin alike together; a layer is run once for every distinct beginning among a chunk's
+policies. The first layers that all of a chunk's policies keep whole come from the dense model's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..grid import Grid
+from ..library import Library
+from ..ops import dispatch
+from ..ops.members import interleave, interleave_heads
+from ..structure import Structure
+from ..weights import DecoderWeights, LayerWeights
+from .plan import executed, order, shared
+
+# Tokens of all members of a chunk: work for a GPU to be busy for some milliseconds, in about 1.5 GB.
+CHUNK_TOKENS = 1 << 19
+_MEMBERS = 64
+_DENSE_BYTES = 2 << 30
+# What a program of the widest kernel keeps in shared memory.
+_SHARED_BYTES = 200 * 1024
+
+
+def applies(weights: DecoderWeights) -> bool:
+    """True for what the kernels are made for: 16-bit weights, powers of two, a GPU with enough shared memory."""
+    s = weights.structure
+    if weights.device.type != "cuda" or not dispatch.kernels_apply(weights.embedding):
+        return False
+    memory = torch.cuda.get_device_properties(weights.device).shared_memory_per_block_optin
+    return s.hidden in (64, 128, 256) and s.head_dim in (16, 32, 64, 128) and memory >= _SHARED_BYTES
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """One layer's weights as ``ppf.ops.members`` takes them."""
+
+    attention_norm: Tensor
+    qkv: Tensor  # [G·(g+2)·d, hidden]
+    o: Tensor  # [levels, hidden, G·g·d]
+    ffn_norm: Tensor
+    gate_up: Tensor  # [2C, hidden]
+    down: Tensor  # [levels, hidden, C]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the members of one layer are: int32 [attention members] and [members after the layer] on the device."""
+
+    attention: tuple[Tensor, ...]  # origin, kv-groups
+    ffn: tuple[Tensor, ...]  # origin, origin of the attention's output, kv-groups, FFN level
+
+
+class Batched:
+    """Evaluates levels in execution order (attention 0, FFN 0, attention 1, …) on int64 ``sequences`` [N, T]."""
+
+    def __init__(self, weights: DecoderWeights, grid: Grid, layers: Sequence[PreparedLayer], sequences: Tensor):
+        self.weights, self.grid, self.layers = weights, grid, layers
+        self.length, self.tokens = sequences.shape[1], sequences.numel()
+        self.targets = sequences.roll(-1, dims=1).flatten()
+        single = torch.empty(0, device=weights.device)
+        cos, sin = weights.rotary(single, torch.arange(self.length, device=weights.device)[None])
+        self.cos, self.sin = (t[0, :, : grid.structure.head_dim // 2].contiguous() for t in (cos, sin))
+        self._dense = [F.embedding(sequences.flatten(), weights.embedding)[None]]  # [1, N, hidden] before every layer
+        self._dense_levels = executed(grid.maximum)
+        self._deepest = min(grid.structure.layers, _DENSE_BYTES // self._dense[0].nbytes)
+        self.members = max(1, min(_MEMBERS, CHUNK_TOKENS // self.tokens))
+
+    @torch.no_grad()
+    def losses(self, levels: Sequence[Sequence[int]]) -> Tensor:
+        """Summed negative log-likelihood of every policy, fp64 [P] in nats."""
+        total = torch.empty(len(levels), dtype=torch.float64, device=self.weights.device)
+        ordered = order(levels)
+        for start in range(0, len(ordered), self.members):
+            chunk = ordered[start : start + self.members]
+            total[_to_device(chunk, torch.int64, total.device)] = self._chunk([levels[index] for index in chunk])
+        return total
+
+    def _chunk(self, levels: list[Sequence[int]]) -> Tensor:
+        first = min(min(shared(self._dense_levels, row) for row in levels) // 2, self._deepest)
+        tables, member_of = _tables(levels, first, self.weights.device)
+        x = self._dense_state(first)
+        for layer, table in zip(self.layers[first:], tables, strict=True):
+            x = self._layer(layer, x, table)
+        w = self.weights
+        sums = torch.ops.ppf.members_losses(x, w.norm, w.head, self.targets, self.length, w.epsilon)
+        return sums[member_of]
+
+    def _layer(self, layer: PreparedLayer, x: Tensor, tables: _Tables) -> Tensor:
+        s, epsilon = self.grid.structure, self.weights.epsilon
+        rows = s.group_rows + 2 * s.head_dim
+        qkv = torch.ops.ppf.members_project(
+            x, layer.attention_norm, layer.qkv, self.cos, self.sin, *tables.attention, self.length, rows, epsilon
+        )
+        level = tables.attention[1]
+        inner = torch.ops.ppf.members_attention(qkv, level, self.length, s.heads_per_group, s.head_dim)
+        return torch.ops.ppf.members_mix(
+            x, inner, layer.o, layer.ffn_norm, layer.gate_up, layer.down, *tables.ffn, s.group_rows,
+            self.grid.ffn_multiple, epsilon,
+        )  # fmt: skip
+
+    def _dense_state(self, depth: int) -> Tensor:
+        """The dense model's activations [1, N, hidden] before layer ``depth``."""
+        while len(self._dense) <= depth:
+            at = len(self._dense) - 1
+            table = _tables([self._dense_levels], at, self.weights.device)[0][0]
+            self._dense.append(self._layer(self.layers[at], self._dense[at], table))
+        return self._dense[depth]
+
+
+def prepare(weights: DecoderWeights, grid: Grid, library: Library | None) -> list[PreparedLayer]:
+    """The layers of ``weights`` (in ranking order) with the o and down of every level."""
+    return [_prepare(w, grid, library, index) for index, w in enumerate(weights.layers)]
+
+
+def _prepare(w: LayerWeights, grid: Grid, library: Library | None, index: int) -> PreparedLayer:
+    s = grid.structure
+    if library is None:
+        o, down = w.o[None].expand(s.kv_groups + 1, -1, -1), w.down[None].expand(grid.maximum[-1] + 1, -1, -1)
+    else:
+        o, down = library.levels(index), library.levels(s.layers + index)
+    return PreparedLayer(w.attention_norm, _grouped_rows(w, s), o, w.ffn_norm, interleave(w.gate, w.up), down)
+
+
+def _grouped_rows(w: LayerWeights, s: Structure) -> Tensor:
+    """[G·(g+2)·d, hidden]: of every kv-group the rows of its query heads, of its key and of its value."""
+    parts = interleave_heads(w.q, s.head_dim), interleave_heads(w.k, s.head_dim), w.v
+    return torch.cat([part.view(s.kv_groups, -1, s.hidden) for part in parts], 1).flatten(0, 1)
+
+
+def _tables(levels: list[Sequence[int]], first: int, device: torch.device) -> tuple[list[_Tables], Tensor]:
+    """The members of every layer from ``first`` on, all starting from one state; and every policy's last member."""
+    state = [0] * len(levels)  # of every policy: its member before the layer
+    rows: list[list[int]] = []
+    for layer in range(first, len(levels[0]) // 2):
+        attention: dict[tuple[int, int], int] = {}
+        after: dict[tuple[int, int, int], int] = {}
+        for policy, row in enumerate(levels):
+            a, f = row[2 * layer], row[2 * layer + 1]
+            attended = attention.setdefault((state[policy], a), len(attention))
+            state[policy] = after.setdefault((state[policy], attended, f, a), len(after))
+        rows += [list(column) for column in zip(*attention, strict=True)]
+        rows += [[key[at] for key in after] for at in (0, 1, 3, 2)]
+    # Every row starts at a multiple of 16 bytes: kernels are compiled anew for pointers of another alignment.
+    padded = [row + [0] * (_MEMBERS - len(row)) for row in rows]
+    packed = _to_device([value for row in padded for value in row], torch.int32, device).view(-1, _MEMBERS)
+    views = [row[: len(values)] for row, values in zip(packed, rows, strict=True)]
+    tables = [_Tables(tuple(views[at : at + 2]), tuple(views[at + 2 : at + 6])) for at in range(0, len(views), 6)]
+    return tables, _to_device(state, torch.int64, device)
+
+
+def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One copy that does not wait for the GPU: pinned memory, which the allocator keeps until the copy is done."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
