@@ -15,6 +15,7 @@ from .grid import Grid
 from .models import PPFLlamaConfig, PPFLlamaForCausalLM
 from .policy import Policy
 from .run import Answer, Run
+from .runtime import accelerate
 from .settings import Settings
 from .structure import Structure
 
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "Settings",
     "Structure",
+    "accelerate",
     "fit",
     "load",
     "save",

@@ -1,0 +1,178 @@
+"""Products of a decode step: a few tokens (1 to 64), where reading the weights once is the whole cost.
+
+A step of a layer is five launches: norm + q, k, v + rotary embedding (``decode_qkv.py``), attention
+(``decode_attention.py``), o + residual, norm + gate, up and silu, down + residual; the last three are ``linear`` here.
+
+The norm costs no launch: x·gain is contracted as it is read, its squares are summed on the way, and the sum's inverse
+root scales the result, since it is one factor per token. Every program is resident at once and owns whole weight rows,
+so nothing is split and the same input gives the same bits. With PDL (programmatic dependent launch) a kernel starts
+while the one before drains, asks the L2 cache for its first weights, and only then waits for its input.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .tile import precision, silu_mul
+
+MAX_TOKENS = 64
+# Above this many tokens the norm is a kernel of its own: its squares would not fit in registers beside the products.
+FUSED_NORM_TOKENS = 16
+Config = dict[str, int]
+
+
+@triton.jit
+def fetch(rows, LINES: tl.constexpr):
+    """Ask the L2 cache for the first LINES cache lines (128 bytes) of the weight rows ``rows`` [BN, 1] (pointers)."""
+    line = tl.arange(0, LINES)
+    address = rows.to(tl.int64) + (line * 128)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def begin(row0, row1, PAIR: tl.constexpr, PDL: tl.constexpr, LINES: tl.constexpr):
+    """Let the next kernel start, ask for our own weights, wait for the kernel before."""
+    if PDL:
+        gdc_launch_dependents()
+        if LINES > 0:
+            fetch(row0, LINES)
+            if PAIR:
+                fetch(row1, LINES)
+        gdc_wait()
+
+
+@triton.jit
+def contract(
+    x, gain, row0, row1, tokens, depth, stride_x, epsilon,
+    NORM: tl.constexpr, PAIR: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Products of the weight rows at ``row0``, ``row1`` [BN, 1] (pointers) with the tokens: two fp32 [BN, T].
+
+    NORM contracts x·gain / rms(x) instead of x. The second product is computed only if PAIR.
+    """
+    token = tl.arange(0, T)
+    lane = tl.arange(0, BK)
+    acc0 = tl.zeros([BN, BK], tl.float32) if T == 1 else tl.zeros([BN, T], tl.float32)
+    acc1 = acc0
+    squares = tl.zeros([BK], tl.float32) if T == 1 else tl.zeros([BK, T], tl.float32)
+    for start in tl.range(0, depth, BK, num_stages=STAGES):
+        k = start + lane
+        inside = k < depth
+        tile0 = tl.load(row0 + k[None, :]) if EVEN else tl.load(row0 + k[None, :], mask=inside[None, :], other=0.0)
+        if PAIR:
+            tile1 = tl.load(row1 + k[None, :]) if EVEN else tl.load(row1 + k[None, :], mask=inside[None, :], other=0.0)
+        if T == 1:
+            one = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                squares += one * one
+                one *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+            acc0 += tile0.to(tl.float32) * one[None, :]
+            if PAIR:
+                acc1 += tile1.to(tl.float32) * one[None, :]
+        else:
+            wanted = (token < tokens)[None, :] & inside[:, None]
+            many = tl.load(x + token[None, :] * stride_x + k[:, None], mask=wanted, other=0.0)
+            if NORM:
+                wide = many.to(tl.float32)
+                squares += wide * wide
+                wide *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)[:, None]
+                many = wide.to(many.dtype)
+            acc0 = tl.dot(tile0, many, acc0, input_precision=PRECISION)
+            if PAIR:
+                acc1 = tl.dot(tile1, many, acc1, input_precision=PRECISION)
+    if T == 1:
+        acc0 = tl.sum(acc0, 1)[:, None]
+        if PAIR:
+            acc1 = tl.sum(acc1, 1)[:, None]
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / depth + epsilon)
+        if T != 1:
+            scale = scale[None, :]
+        acc0 *= scale
+        if PAIR:
+            acc1 *= scale
+    return acc0, acc1
+
+
+@triton.jit
+def linear_kernel(
+    x, gain, w0, w1, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y, epsilon,
+    NORM: tl.constexpr, PAIR: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, LINES: tl.constexpr,
+    T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Outputs [BN·program, BN·program + BN) of y [tokens, width]; ADD adds to what y holds, PAIR is silu(gate)·up."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.minimum(n, width - 1)[:, None].to(tl.int64)
+    row0 = w0 + rows * stride_w0
+    row1 = w1 + rows * stride_w1
+    begin(row0, row1, PAIR, PDL, LINES)
+    acc0, acc1 = contract(
+        x, gain, row0, row1, tokens, depth, stride_x, epsilon, NORM, PAIR, EVEN, PRECISION, T, BN, BK, STAGES
+    )
+    if PAIR:
+        acc0 = silu_mul(acc0, acc1)
+    token = tl.arange(0, T)
+    inside = (n < width)[:, None] & (token < tokens)[None, :]
+    at = y + token[None, :] * stride_y + n[:, None]
+    if ADD:
+        acc0 += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, acc0.to(y.dtype.element_ty), mask=inside)
+
+
+def padded(tokens: int) -> int:
+    """Width of the token tile: 1, or a power of two from 16 to 64, as the matrix units want it."""
+    return 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+
+
+def linear_config(tokens: int, width: int, depth: int, pair: bool) -> Config:
+    """Tile of one program; measured on an H200 (dev/LOG.md)."""
+    t = padded(tokens)
+    if t == 1:
+        if pair:
+            return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4, "LINES": 8}
+        return {"T": 1, "BN": 8, "BK": 512, "STAGES": 4, "num_warps": 4, "LINES": 8}
+    if pair:
+        return {"T": t, "BN": 64, "BK": 128, "STAGES": 4, "num_warps": 4, "LINES": 0}
+    if width >= 16384:
+        return {"T": t, "BN": 64, "BK": 128, "STAGES": 6 if t < 64 else 5, "num_warps": 4, "LINES": 0}
+    return {"T": t, "BN": 32, "BK": 256, "STAGES": 4 if t < 64 else 3, "num_warps": 4, "LINES": 0}
+
+
+def linear(
+    x: Tensor, weights: tuple[Tensor, ...], y: Tensor, gain: Tensor | None = None, epsilon: float = 0.0,
+    add: bool = False, pdl: bool = False, config: Config | None = None,
+) -> None:  # fmt: skip
+    """y [t, width] = (or, ``add``, +=) x [t, K] · weightᵀ; of two weights (gate, up): silu(gate)·up.
+
+    ``gain`` [K]: x is normalised to x·gain/rms(x) first. 1 <= t <= 64; all last strides are 1; width and K >= 1.
+    """
+    tokens, depth = x.shape
+    width = weights[0].shape[0]
+    c = dict(config or linear_config(tokens, width, depth, len(weights) == 2))
+    w0, w1 = weights[0], weights[-1]
+    linear_kernel[triton.cdiv(width, c["BN"]),](
+        x, x if gain is None else gain, w0, w1, y, width, tokens, depth, x.stride(0), w0.stride(0), w1.stride(0),
+        y.stride(0), epsilon, NORM=gain is not None, PAIR=len(weights) == 2, ADD=add, EVEN=depth % c["BK"] == 0,
+        PRECISION=precision(x.dtype), PDL=pdl, **launch(c, pdl, depth, x),
+    )  # fmt: skip
+
+
+def launch(config: Config, pdl: bool, depth: int, x: Tensor) -> dict[str, int | bool]:
+    """Launch arguments of a tile; never more lines ahead than a weight row has."""
+    lines = min(config.get("LINES", 0), depth * x.element_size() // 128)
+    lines = 1 << (lines.bit_length() - 1) if pdl and lines else 0
+    chosen = {**config, "LINES": lines}
+    return {**chosen, "launch_pdl": True} if pdl else chosen
+
+
+def pdl_available(device: torch.device) -> bool:
+    """Hopper and later can start a kernel while the one before it drains."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -1,0 +1,265 @@
+"""The ops of a decoder that generates: one new token per sequence over a static cache, and a prompt's rotary embedding.
+
+A cache holds keys and values [B, G, S, d] of one layer. ``start`` int32 [B] is each sequence's first position in it
+(prompts are padded on the left), ``position`` int32 [1] the position of the token at hand, the same for all sequences.
+``cos`` and ``sin`` fp32 [S, d/2] belong to positions counted from ``start``. An input is normalised (RMSNorm with
+``gain``) inside the op that reads it. Arguments are trusted: these are called hundreds of times a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import LIBRARY
+
+MAX_TOKENS = 64
+# As kernels/decode.py says; the norm is a kernel of its own above.
+_FUSED_NORM_TOKENS = 16
+
+LIBRARY.define(
+    "decode_qkv(Tensor x, Tensor gain, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, "
+    "Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, float epsilon) -> Tensor"
+)
+LIBRARY.define(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor position, Tensor(a!) partial, "
+    "Tensor(b!) statistics, Tensor(c!) arrived, int shares, float scale) -> Tensor"
+)
+LIBRARY.define("decode_gate_up(Tensor x, Tensor gain, Tensor gate, Tensor up, float epsilon) -> Tensor")
+LIBRARY.define("decode_multiply_silu(Tensor gate, Tensor up) -> Tensor")
+LIBRARY.define("decode_add_linear(Tensor x, Tensor weight, Tensor(a!) y) -> ()")
+LIBRARY.define("decode_head(Tensor x, Tensor gain, Tensor weight, Tensor(a!) y, float epsilon) -> ()")
+LIBRARY.define(
+    "decode_rotary(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(b!) k_cache, "
+    "Tensor(c!) v_cache) -> ()"
+)
+
+
+def qkv(
+    x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
+    position: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float,
+) -> Tensor:  # fmt: skip
+    """Rotated queries [B, G·g·d] of x [B, H]; rotated keys, and values, go to ``position`` of the caches.
+
+    q: [G·g·d, H]; k, v: [G·d, H], all of one row pitch. 1 <= B <= 64.
+    """
+    return torch.ops.ppf.decode_qkv(x, gain, q, k, v, cos, sin, start, position, k_cache, v_cache, epsilon)
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, position: Tensor, space: tuple[Tensor, Tensor, Tensor],
+    shares: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """softmax(scale · q·kᵀ)·v over positions [start, position] of the caches: q [B, G·g·d] to the same shape.
+
+    ``space`` and ``shares``: from :func:`workspace`; calls that follow each other on one stream may share them.
+    """
+    return torch.ops.ppf.decode_attention(q, k_cache, v_cache, start, position, *space, shares, scale)
+
+
+def gate_up(x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, epsilon: float) -> Tensor:
+    """silu(n·gateᵀ)·(n·upᵀ) [B, C] for n = RMSNorm(x), x [B, H], gate and up [C, H]."""
+    return torch.ops.ppf.decode_gate_up(x, gain, gate, up, epsilon)
+
+
+def add_linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """y [B, N] += x [B, K] · weightᵀ, weight [N, K] with unit last stride."""
+    torch.ops.ppf.decode_add_linear(x, weight, y)
+
+
+def head(x: Tensor, gain: Tensor, weight: Tensor, y: Tensor, epsilon: float) -> None:
+    """Logits y fp32 [B, V] = RMSNorm(x) [B, H] · weightᵀ."""
+    torch.ops.ppf.decode_head(x, gain, weight, y, epsilon)
+
+
+def rotary(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    """A prompt's q [B·T, G·g·d] rotated in place; rotated k and v [B·T, G·d] to positions [0, T) of the caches."""
+    torch.ops.ppf.decode_rotary(q, k, v, cos, sin, start, k_cache, v_cache)
+
+
+def multiply_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate)·up of a prompt, [t, C] each, in one pass."""
+    return torch.ops.ppf.decode_multiply_silu(gate, up)
+
+
+def workspace(
+    tokens: int, groups: int, group: int, head_dim: int, positions: int, device: torch.device
+) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+    """Into how many shares :func:`attention` should split ``positions``, and the scratch tensors for that."""
+    if device.type != "cuda":
+        return 1, tuple(torch.empty(0, device=device) for _ in range(3))
+    from ppf.kernels import decode_attention as kernels
+
+    shares = kernels.splits(tokens, groups, positions, device)
+    return shares, tuple(kernels.workspace(tokens, groups, group, head_dim, shares, device))
+
+
+def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), gain, epsilon)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [..., d] by cos, sin [..., d/2] in fp32 (fp64 stays fp64)."""
+    a, b = (x.double() if x.dtype is torch.float64 else x.float()).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def qkv_reference(
+    x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
+    position: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float,
+) -> Tensor:  # fmt: skip
+    n, at = _norm(x, gain, epsilon), position.long()
+    angle = (at - start).clamp_min(0)
+    c, s = cos[angle][:, None], sin[angle][:, None]
+    groups, d = k_cache.shape[1], k_cache.shape[3]
+    key, value = (F.linear(n, w).view(-1, groups, d) for w in (k, v))
+    k_cache.index_copy_(2, at, _turn(key, c, s)[:, :, None])
+    v_cache.index_copy_(2, at, value[:, :, None])
+    return _turn(F.linear(n, q).view(len(x), -1, d), c, s).flatten(1)
+
+
+def attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, position: Tensor, partial: Tensor, statistics: Tensor,
+    arrived: Tensor, shares: int, scale: float,
+) -> Tensor:  # fmt: skip
+    batch, groups, length, d = k_cache.shape
+    at = torch.arange(length, device=q.device)
+    seen = (at <= position)[None] & (at >= torch.minimum(start, position)[:, None])
+    # Positions outside hold anything, NaN included.
+    value = torch.where(seen[:, None, :, None], v_cache, 0)
+    score = torch.einsum("bghd,bgsd->bghs", q.view(batch, groups, -1, d), k_cache) * scale
+    weight = score.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+    return (weight @ value).reshape(q.shape)
+
+
+def gate_up_reference(x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, epsilon: float) -> Tensor:
+    n = _norm(x, gain, epsilon)
+    return F.silu(F.linear(n, gate)) * F.linear(n, up)
+
+
+def add_linear_reference(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    y += F.linear(x, weight)
+
+
+def head_reference(x: Tensor, gain: Tensor, weight: Tensor, y: Tensor, epsilon: float) -> None:
+    y.copy_(F.linear(_norm(x, gain, epsilon), weight))
+
+
+def multiply_silu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def rotary_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    batch, groups, _, d = k_cache.shape
+    length = q.shape[0] // batch
+    angle = (torch.arange(length, device=q.device) - start[:, None]).clamp_min(0)
+    c, s = cos[angle][:, :, None], sin[angle][:, :, None]
+    q.copy_(_turn(q.view(batch, length, -1, d), c, s).view(q.shape))
+    k_cache[:, :, :length] = _turn(k.reshape(batch, length, groups, d), c, s).transpose(1, 2)
+    v_cache[:, :, :length] = v.reshape(batch, length, groups, d).transpose(1, 2)
+
+
+def _normed(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None]:
+    """What a kernel takes: x and the gain, or x normalised already and none."""
+    return (x, gain) if len(x) <= _FUSED_NORM_TOKENS else (_norm(x, gain, epsilon), None)
+
+
+def _qkv_cuda(
+    x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
+    position: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float,
+) -> Tensor:  # fmt: skip
+    from ppf.kernels import decode, decode_qkv
+
+    y = x.new_empty(len(x), len(q))
+    n, gain = _normed(x, gain, epsilon)
+    pdl = decode.pdl_available(x.device)
+    decode_qkv.qkv(n, gain, q, k, v, cos, sin, start, position, y, k_cache, v_cache, epsilon, pdl)
+    return y
+
+
+def _attention_cuda(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, position: Tensor, partial: Tensor, statistics: Tensor,
+    arrived: Tensor, shares: int, scale: float,
+) -> Tensor:  # fmt: skip
+    from ppf.kernels import decode, decode_attention
+
+    y, space = torch.empty_like(q), [partial, statistics, arrived]
+    pdl = decode.pdl_available(q.device)
+    decode_attention.attention(q, k_cache, v_cache, start, position, y, space, scale, shares, pdl)
+    return y
+
+
+def _gate_up_cuda(x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, epsilon: float) -> Tensor:
+    from ppf.kernels import decode
+
+    y = x.new_empty(len(x), len(gate))
+    n, gain = _normed(x, gain, epsilon)
+    decode.linear(n, (gate, up), y, gain, epsilon, pdl=decode.pdl_available(x.device))
+    return y
+
+
+def _add_linear_cuda(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    from ppf.kernels import decode
+
+    decode.linear(x, (weight,), y, add=True, pdl=decode.pdl_available(x.device))
+
+
+def _head_cuda(x: Tensor, gain: Tensor, weight: Tensor, y: Tensor, epsilon: float) -> None:
+    from ppf.kernels import decode
+
+    n, gain = _normed(x, gain, epsilon)
+    decode.linear(n, (weight,), y, gain, epsilon, pdl=decode.pdl_available(x.device))
+
+
+def _multiply_silu_cuda(gate: Tensor, up: Tensor) -> Tensor:
+    from ppf.kernels.masked_swiglu import multiply_silu
+
+    return multiply_silu(gate, up)
+
+
+def _rotary_cuda(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    from ppf.kernels import decode_prefill
+
+    decode_prefill.rotary(q, k, v, cos, sin, start, k_cache, v_cache)
+
+
+def _qkv_fake(x: Tensor, gain: Tensor, q: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape[0], q.shape[0])
+
+
+def _attention_fake(q: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _gate_up_fake(x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, epsilon: float) -> Tensor:
+    return x.new_empty(x.shape[0], gate.shape[0])
+
+
+def _multiply_silu_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _nothing(*arguments: object) -> None:
+    """Fake of the ops that only write."""
+
+
+_OPS = {
+    "decode_qkv": (qkv_reference, _qkv_cuda, _qkv_fake),
+    "decode_attention": (attention_reference, _attention_cuda, _attention_fake),
+    "decode_gate_up": (gate_up_reference, _gate_up_cuda, _gate_up_fake),
+    "decode_add_linear": (add_linear_reference, _add_linear_cuda, _nothing),
+    "decode_head": (head_reference, _head_cuda, _nothing),
+    "decode_multiply_silu": (multiply_silu_reference, _multiply_silu_cuda, _multiply_silu_fake),
+    "decode_rotary": (rotary_reference, _rotary_cuda, _nothing),
+}
+for _name, (_reference, _cuda, _fake) in _OPS.items():
+    LIBRARY.impl(_name, _reference, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"ppf::{_name}", _fake, lib=LIBRARY)

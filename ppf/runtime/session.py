@@ -1,0 +1,100 @@
+"""A batch that generates: its static cache, the buffers of a step, the step itself, and the graph of it.
+
+A session is made for one plan, batch size and number of positions. What changes from token to token lives in device
+buffers (``token``, ``position``, ``start``), so that one captured graph serves every step of every request.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import decode
+from .plan import Layer, Plan
+from .storage import Storage
+
+# More end-of-sequence tokens than this and the caller stops by itself.
+MAX_EOS = 8
+_WARM_UP = 2
+
+
+class Session:
+    """Buffers and views for ``batch`` sequences of up to ``positions`` tokens each."""
+
+    def __init__(self, plan: Plan, storage: Storage, batch: int, positions: int):
+        self.plan, self.batch, self.positions = plan, batch, positions
+        self.caches = storage.views(plan, batch, positions)
+        self.cos, self.sin = storage.rotary(plan, positions)
+        device = plan.device
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.start = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.done = torch.zeros((), dtype=torch.bool, device=device)
+        self.eos = torch.full((MAX_EOS,), -1, dtype=torch.int64, device=device)
+        self.pad = torch.zeros((), dtype=torch.int64, device=device)
+        self.logits = torch.zeros(batch, len(plan.head), dtype=torch.float32, device=device)
+        groups = max(plan.groups)
+        self.shares, self.space = decode.workspace(batch, groups, plan.query_heads, plan.head_dim, positions, device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def reset(self, start: Tensor, eos: list[int], pad: int) -> None:
+        """Begin a new batch of prompts; ``start`` int32 [B] is the padding of each on its left."""
+        self.start.copy_(start)
+        self.finished.zero_()
+        self.done.zero_()
+        self.eos.copy_(torch.tensor((eos + [-1] * MAX_EOS)[:MAX_EOS]))
+        self.pad.fill_(pad)
+
+    def layer(self, index: int, layer: Layer, hidden: Tensor) -> None:
+        """One decoder layer on one token per sequence, hidden [B, H], in place."""
+        p, a, f = self.plan, layer.attention, layer.ffn
+        if a is not None:
+            keys, values = self.caches[index]
+            q = decode.qkv(
+                hidden, a.norm, a.q, a.k, a.v, self.cos, self.sin, self.start, self.position, keys, values, p.epsilon
+            )
+            y = decode.attention(q, keys, values, self.start, self.position, self.space, self.shares, p.head_dim**-0.5)
+            decode.add_linear(y, a.o, hidden)
+        if f is not None:
+            decode.add_linear(decode.gate_up(hidden, f.norm, f.gate, f.up, p.epsilon), f.down, hidden)
+
+    def head(self, hidden: Tensor) -> None:
+        """Logits of hidden [B, H], and the likeliest token of each sequence (``pad`` after its end)."""
+        decode.head(hidden, self.plan.norm, self.plan.head, self.logits, self.plan.epsilon)
+        token = torch.where(self.finished, self.pad, self.logits.argmax(-1))
+        self.finished |= (token[:, None] == self.eos).any(-1)
+        self.done.copy_(self.finished.all())
+        self.token.copy_(token)
+        self.position += 1
+
+    def step(self) -> None:
+        """Feed ``token`` at ``position``; afterwards ``logits`` and the next ``token`` are there."""
+        hidden = F.embedding(self.token, self.plan.embedding)
+        for index, layer in enumerate(self.plan.layers):
+            self.layer(index, layer, hidden)
+        self.head(hidden)
+
+    def advance(self) -> None:
+        """:meth:`step`, replayed from the graph on a GPU. The graph must exist: see :meth:`capture`."""
+        if self.graph is None:
+            self.step()
+        else:
+            self.graph.replay()
+
+    def capture(self) -> None:
+        """Record :meth:`step` (on a GPU, once). Runs it, so call it before the prompt is there."""
+        if self.graph is not None or self.plan.device.type != "cuda":
+            return
+        side = torch.cuda.Stream(self.plan.device)
+        side.wait_stream(torch.cuda.current_stream(self.plan.device))
+        self.position.zero_()
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self.step()
+        torch.cuda.current_stream(self.plan.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.graph = graph
