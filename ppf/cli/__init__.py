@@ -8,20 +8,24 @@ import typer
 
 from .demo import demo
 from .eval import evaluate
+from .export import export
 from .failures import Commands
 from .fit import fit
 from .generate import generate
 from .info import info
 from .policy import policy
 from .prune import prune
+from .recover import recover
 
 app = typer.Typer(name="ppf", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("fit")(fit)
 app.command("policy")(policy)
 app.command("prune")(prune)
+app.command("recover")(recover)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("info")(info)
+app.command("export")(export)
 app.command("demo")(demo)
 
 

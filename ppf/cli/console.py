@@ -23,6 +23,7 @@ _LABELS = {
     "evaluate": "Measuring policies",
     "learn": "Training predictor and agent",
     "search": "Searching",
+    "recover": "Training (tokens)",
     "score": "Scoring tokens",
     "demo": "Pruned and reloaded",
 }

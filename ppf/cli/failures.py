@@ -20,6 +20,7 @@ _UsageError = typer.BadParameter.__base__
 _AFTER_INTERRUPT = {
     "fit": "Start the same command again: it goes on where it stopped",
     "prune": "Nothing was written to OUT; evaluations of --search stay in RUN",
+    "recover": "Start the same command again: it goes on where it stopped",
     "demo": "Start it again",
 }
 

@@ -110,6 +110,10 @@ def _describe_checkpoint(facts: dict[str, Any]) -> str:
         f"{s['heads_per_group']} heads x {s['head_dim']}, {s['channels']} FFN channels",
         "parameters": f"{facts['parameters']:,} ({facts['bytes'] / 1e6:,.1f} MB, {', '.join(facts['dtypes'])})",
     }
+    if report and "recovery" in report:
+        from .recover import summary
+
+        return summary(report, Path(facts["path"])) + "\n" + lines(top)
     if report and "measured" in report:
         from .prune import summary
 
