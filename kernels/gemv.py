@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .tile import multiprocessors, precision, row_major, silu_mul
 
-# IN_KIND and the kinds of ppf.ops.selection: 0 prefix, 1 blocks of 64, 2 indices.
+# IN_KIND and the kinds of ppf.ops.selection: 0 prefix, 1 blocks of 64, 2 indices. MASKED is one of ours: x holds a
+# column for every column of the weight, and the entries say which of them count.
+MASKED = 3
 MAX_TOKENS = 16
 
 
@@ -47,12 +49,12 @@ def _contract_rows(
     acc0 = tl.zeros([BN, BK], tl.float32) if T == 1 else tl.zeros([BN, T], tl.float32)
     acc1 = acc0
     # Columns that are looked up are looked up one step ahead, or every step would wait for them.
-    following = _entries(in_entries, lane, depth, IN_KIND) if IN_KIND != 0 else lane
+    following = _entries(in_entries, lane, depth, IN_KIND) if IN_KIND == 1 or IN_KIND == 2 else lane
     for start in tl.range(0, depth, BK, num_stages=STAGES):
         k = start + lane
         inside = k < depth
         column = k
-        if IN_KIND != 0:
+        if IN_KIND == 1 or IN_KIND == 2:
             column = following
             if IN_KIND == 1:
                 column = tl.max_contiguous(tl.multiple_of(following * 64 + k % 64, 64), 64)
@@ -66,6 +68,12 @@ def _contract_rows(
                 tile1 = tl.load(row1 + column[None, :])
             else:
                 tile1 = tl.load(row1 + column[None, :], mask=inside[None, :], other=0.0)
+        if IN_KIND == 3:
+            # Not a product with zero: an infinity or NaN in a pruned column must not reach the sum.
+            counts = tl.load(in_entries + k, mask=inside, other=0)[None, :] != 0
+            tile0 = tl.where(counts, tile0, 0.0)
+            if PAIR:
+                tile1 = tl.where(counts, tile1, 0.0)
         if T == 1:
             one = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)[None, :]
             acc0 += tile0.to(tl.float32) * one
@@ -177,18 +185,24 @@ def columns_kernel(
 
 
 @triton.jit
-def expand_kernel(x, index, y, depth, total, stride_x, stride_y, BLOCK: tl.constexpr):
-    """One token: y [total] = 0, then y[index[i]] = x[i]. The indices must differ."""
+def expand_kernel(x, index, y, counts, depth, total, stride_x, stride_y, BLOCK: tl.constexpr):
+    """One token: y [total] = 0, then y[index[i]] = x[i]; the first program also marks the indices in ``counts``.
+
+    The indices must differ.
+    """
     token = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     for start in range(0, total, BLOCK):
         at = start + lane
         tl.store(y + token * stride_y + at, tl.zeros([BLOCK], y.dtype.element_ty), mask=at < total)
+        tl.store(counts + at, tl.zeros([BLOCK], tl.int8), mask=at < tl.where(token == 0, total, 0))
     tl.debug_barrier()
     for start in range(0, depth, BLOCK):
         at = start + lane
-        column = tl.load(index + at, mask=at < depth, other=0)
-        tl.store(y + token * stride_y + column, tl.load(x + token * stride_x + at, mask=at < depth), mask=at < depth)
+        inside = at < depth
+        column = tl.load(index + at, mask=inside, other=0)
+        tl.store(y + token * stride_y + column, tl.load(x + token * stride_x + at, mask=inside), mask=inside)
+        tl.store(counts + column, tl.full([BLOCK], 1, tl.int8), mask=at < tl.where(token == 0, depth, 0))
 
 
 @triton.jit
@@ -241,12 +255,13 @@ def rows(
     return y
 
 
-def expand(x: Tensor, index: Tensor, total: int) -> Tensor:
-    """x [t, K] put back in place: [t, total] with x at the columns ``index`` (int32 [K], all different), else zero."""
+def expand(x: Tensor, index: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """x [t, K] put back in place: [t, total] with x at the columns ``index`` (int32 [K], all different), else zero; and
+    int8 [total], 1 at those columns: the entries of kind MASKED."""
     x = row_major(x)
-    y = x.new_empty(x.shape[0], total)
-    expand_kernel[x.shape[0],](x, index, y, x.shape[1], total, x.stride(0), total, BLOCK=2048, num_warps=8)
-    return y
+    y, counts = x.new_empty(x.shape[0], total), torch.empty(total, dtype=torch.int8, device=x.device)
+    expand_kernel[x.shape[0],](x, index, y, counts, x.shape[1], total, x.stride(0), total, BLOCK=2048, num_warps=8)
+    return y, counts
 
 
 def qkv(

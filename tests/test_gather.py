@@ -128,6 +128,22 @@ def test_many_in_one_call(device):
     assert gather_many([]) == []
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_with_lists_checked_before(device):
+    """The way past the dispatcher, and the jobs that must not take it: gradients, odd layouts, wrong lists."""
+    ffn, heads = Index(torch.randperm(200)[:77], 200), Index(torch.arange(128).view(4, 32)[[2, 0]].flatten(), 128)
+    x = [torch.randn(200, 128, device=device).bfloat16() for _ in range(40)]
+    jobs = [(t, ffn, 0) for t in x] + [(t, heads, 1) for t in x] + [(t.t(), ffn, 1) for t in x[:3]]
+    for part in (jobs[:80], jobs):
+        for out, (t, index, dim) in zip(gather_many(part), part, strict=True):
+            assert torch.equal(out, t.index_select(dim, index.host.to(device)))
+    leaf = x[0].clone().requires_grad_()
+    gather_many([*jobs, (leaf, ffn, 0)])[-1].sum().backward()
+    assert leaf.grad[ffn.host.long()].eq(1).all() and leaf.grad.sum() == 77 * 128
+    with pytest.raises(InputError, match=r"jobs\[80\].index"):
+        gather_many([*jobs[:80], (x[0], heads, 0)])
+
+
 @pytest.mark.gpu
 def test_index_on_the_gpu_is_checked_once():
     x = torch.randn(40, 64, device="cuda")

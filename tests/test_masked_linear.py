@@ -228,13 +228,31 @@ def test_small_kernels(tokens, dtype):
 
 
 @on_kernels
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_masked_kernel_never_touches_a_pruned_column(tokens):
+    from ppf.kernels import gemv
+
+    config = {"T": 1 if tokens == 1 else 16, "BN": 16, "BK": 64, "STAGES": 2, "num_warps": 4}
+    x, weight = operands(tokens, 192, 256, DTYPES[0])
+    into = Selection.indices(torch.randperm(192)[:99], 192)
+    pruned = torch.ones(192, dtype=torch.bool).index_fill_(0, into.rows(torch.device("cpu")).long(), False)
+    weight[:, pruned.to(DEVICE)] = float("nan")
+    kept = into.take(x, 1)
+    put, counts = gemv.expand(kept, into.rows(x.device), 192)
+    y = gemv.rows(put, (weight,), None, 256, gemv.MASKED, counts, config)
+    assert agrees(y, kept, weight, Selection.full(256), into)
+
+
+@on_kernels
 def test_expand_kernel():
     from ppf.kernels import gemv
 
     x = torch.randn(3, 2500, device=DEVICE).to(DTYPES[0])
     rows = torch.randperm(5001)[:2500].int().to(DEVICE)
     wanted = x.new_zeros(3, 5001).index_copy_(1, rows.long(), x)
-    assert torch.equal(gemv.expand(x, rows, 5001), wanted)
+    put, counts = gemv.expand(x, rows, 5001)
+    assert torch.equal(put, wanted)
+    assert torch.equal(counts.bool(), torch.zeros(5001, dtype=bool, device=DEVICE).index_fill_(0, rows.long(), True))
 
 
 @on_kernels

@@ -119,8 +119,8 @@ def _small(
         return gemv.columns(x, weight.narrow(1, 0, out_width), in_rows)
     if in_kind == UNIQUE:
         # Scattered columns touch nearly every 32-byte sector of a row: read whole rows against x put back in place.
-        x = gemv.expand(x, in_rows, weight.shape[1])
-        return gemv.rows(x, (weight,), out_rows, out_width)
+        x, counts = gemv.expand(x, in_rows, weight.shape[1])
+        return gemv.rows(x, (weight,), out_rows, out_width, gemv.MASKED, counts)
     entries = in_blocks if in_kind == BLOCKS else in_rows
     return gemv.rows(x, (weight,), out_rows, out_width, in_kind, entries)
 
