@@ -29,6 +29,28 @@ class Statistics:
     mean: Tensor
     variance: Tensor
 
+    @property
+    def second_moment(self) -> Tensor:
+        """E[x_j²], fp32 [n]."""
+        return self.gram.diagonal()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a run keeps of :class:`Statistics`: mean and variance of every channel, fp32 [n]."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def second_moment(self) -> Tensor:
+        """E[x_j²], fp32 [n]."""
+        return self.variance + self.mean.square()
+
+    def ordered(self, order: Tensor) -> Moments:
+        """The same with the channels in ``order``, int64 [n]."""
+        return Moments(self.mean[order], self.variance[order])
+
 
 @dataclass(frozen=True)
 class LayerStatistics:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .calibration import LayerStatistics, Statistics
+from .calibration import LayerStatistics, Moments, Statistics
 from .errors import InputError
 from .structure import Structure
 from .weights import LayerRanking, LayerWeights
@@ -23,7 +23,7 @@ class Scored:
     """What a score may look at: the output projection, its input's statistics, and the rows that feed each channel."""
 
     output: Tensor  # [hidden, n]
-    statistics: Statistics
+    statistics: Statistics | Moments
     inputs: tuple[Tensor, ...]  # matrices [n, hidden] whose row j makes channel j
 
 
@@ -34,7 +34,7 @@ def magnitude(s: Scored) -> Tensor:
 
 def wanda_sp(s: Scored) -> Tensor:
     """mean_i |W_ij| · ‖x_j‖₂ (Wanda, arXiv 2306.11695, structured as in FLAP's Wanda-sp), fp32 [n]."""
-    return s.output.float().abs().mean(0) * s.statistics.gram.diagonal().sqrt()
+    return s.output.float().abs().mean(0) * s.statistics.second_moment.sqrt()
 
 
 def flap_wifv(s: Scored) -> Tensor:

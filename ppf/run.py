@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from . import checkpoint
 from .agent import Agent
+from .calibration import Moments
 from .errors import InputError
 from .evaluation import Evaluator
 from .experience import Experience
@@ -138,6 +139,12 @@ class Run:
         names = "ranking.attention", "ranking.ffn"
         files = (layer_file("statistics", index) for index in range(self.structure.layers))
         return [LayerRanking(*map(self._tensors(file, *names).get, names)) for file in files]
+
+    def moments(self, index: int) -> tuple[Moments, Moments]:
+        """Channel moments of one layer's o and down inputs over the calibration text, in checkpoint order."""
+        names = [f"{kind}.{part}" for kind in ("attention", "ffn") for part in ("mean", "variance")]
+        tensors = self._tensors(layer_file("statistics", index), *names)
+        return Moments(*(tensors[name] for name in names[:2])), Moments(*(tensors[name] for name in names[2:]))
 
     @cached_property
     def library(self) -> Library:
