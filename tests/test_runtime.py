@@ -1,49 +1,60 @@
-"""The runtime's loop, prefill and caches against transformers' plain generation. On a CPU the ops are the references."""
+"""The runtime against transformers' plain generation. On a CPU its ops are the references, and steps run without a
+graph; everything else is the same code.
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
-from factories import llama, llama_config
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
+from factories import byte_tokenizer, llama, llama_config
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import ppf
+from ppf.errors import InputError
 from ppf.models import build, pruned_config
 from ppf.models.layout import expected_tensors
 from ppf.policy import Policy
 from ppf.runtime import generation, loop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-POLICY = Policy([3, 0, 1, 0], [64, 24, 0, 40])  # absent sub-layers, and none of the last layers has attention
+POLICY = Policy([3, 0, 1, 0], [64, 24, 0, 40])  # absent sub-layers, and the last layers have no attention
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+SAMPLE = {"do_sample": True, "temperature": 0.8, "top_k": 20, "pad_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
-def served(monkeypatch, one_thread):
-    """Requests that the runtime has served, as lists; a CPU is taken for a device that it serves."""
+def served(monkeypatch, one_thread) -> list[Tensor]:
+    """Results of the requests that the runtime has served; a CPU is taken for a device that it serves."""
     if DEVICE == "cpu":
         monkeypatch.setattr(generation, "_where", lambda model: None)
-    calls, run = [], loop.run
-    monkeypatch.setattr(generation, "run", lambda *a: calls.append(a[1].ids.tolist()) or run(*a))
-    return calls
+    results, run = [], loop.run
+
+    def spied(session, request):
+        results.append(run(session, request))
+        return results[-1]
+
+    monkeypatch.setattr(generation, "run", spied)
+    return results
 
 
 def pruned(policy: Policy = POLICY, dtype: torch.dtype = torch.float32, **changes):
     config = pruned_config(llama_config(**changes), policy)
     source = llama(llama_config(**changes)).state_dict()
-    state = {
-        name: source[name][tuple(slice(n) for n in shape)].clone() for name, shape in expected_tensors(config).items()
-    }
+    shapes = expected_tensors(config).items()
+    state = {name: source[name][tuple(slice(n) for n in shape)].clone() for name, shape in shapes}
     return build(config, state, dtype).to(DEVICE)
 
 
 def dense(dtype: torch.dtype = torch.float32, **changes):
-    return llama(llama_config(**changes), dtype=dtype).to(DEVICE)
+    return ppf.accelerate(llama(llama_config(**changes), dtype=dtype).to(DEVICE))
 
 
-def prompts(*lengths: int) -> dict[str, torch.Tensor]:
+def prompts(*lengths: int) -> dict[str, Tensor]:
     """Random prompts, padded on the left with token 0."""
     longest = max(lengths)
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -52,22 +63,224 @@ def prompts(*lengths: int) -> dict[str, torch.Tensor]:
     return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
-def plain(model, **kwargs) -> torch.Tensor:
-    return GenerationMixin.generate(model, **kwargs)
-
-
-def both(model, seed: int = 0, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+def both(model, **kwargs) -> tuple[Tensor, Tensor]:
+    """What the model's generate() returns, and the plain path's; streamers and criteria are given to both."""
     results = []
-    for generate in (ppf.accelerate(model).generate, lambda **k: plain(model, **k)):
-        torch.manual_seed(seed)
-        results.append(generate(**kwargs))
+    for generate in (type(model).generate if "generate" not in vars(model) else None, GenerationMixin.generate):
+        torch.manual_seed(3)
+        results.append(generate(model, **kwargs) if generate else model.generate(**kwargs))
     return tuple(results)
 
 
-@pytest.mark.parametrize("make", [dense, pruned])
-@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def end_of(model, inputs: dict[str, Tensor], at: int, **kwargs) -> int:
+    """A token that the model generates as number ``at``: as the end of a sequence, it stops there."""
+    length = inputs["input_ids"].shape[1]
+    torch.manual_seed(3)
+    return int(
+        GenerationMixin.generate(model, **inputs, max_new_tokens=at + 1, eos_token_id=None, **kwargs)[0, length + at]
+    )
+
+
 @pytest.mark.parametrize("lengths", [(5,), (7, 1, 4), (1,)])
-def test_greedy_tokens_are_the_plain_path_s(make, heads, lengths, served):
-    model = make(heads=heads)
-    got, wanted = both(model, **prompts(*lengths), max_new_tokens=20, do_sample=False, pad_token_id=0)
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+@pytest.mark.parametrize("make", [dense, pruned])
+def test_greedy_tokens_are_the_plain_ones(make, heads, lengths, served):
+    got, wanted = both(make(heads=heads), **prompts(*lengths), max_new_tokens=20, **GREEDY)
     assert torch.equal(got, wanted) and len(served) == 1
+
+
+def test_256_tokens(served):
+    model = dense(max_position_embeddings=512)
+    got, wanted = both(model, **prompts(9), max_new_tokens=256, eos_token_id=None, **GREEDY)
+    assert got.shape == (1, 265) and torch.equal(got, wanted) and len(served) == 1
+
+
+def test_another_request_on_the_same_session_and_another_shape(served):
+    """What an earlier request left in caches and buffers is never seen."""
+    model = pruned()
+    for lengths in ((6,), (9,), (3, 8), (8, 3), (2,)):
+        got, wanted = both(model, **prompts(*lengths), max_new_tokens=9, **GREEDY)
+        assert torch.equal(got, wanted)
+    assert len(served) == 5
+
+
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.3}, {"min_new_tokens": 6}, {"top_p": 0.7}])
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLE])
+def test_processors_and_sampling_with_the_same_seed(mode, extra, served):
+    """transformers' own processors and the same draws: the same tokens."""
+    got, wanted = both(dense(), **prompts(5, 3), max_new_tokens=16, **mode, **extra)
+    assert torch.equal(got, wanted) and len(served) == 1
+
+
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLE])
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_ends_of_sequences(at, mode, served):
+    """The batch stops when its last sequence has ended; ended ones are filled with the padding token."""
+    model, inputs = dense(), prompts(6, 2, 4)
+    ends = [end_of(model, inputs, at, **mode), end_of(model, inputs, 3, **mode)]
+    got, wanted = both(model, **inputs, max_new_tokens=30, eos_token_id=ends, **mode)
+    assert torch.equal(got, wanted) and len(served) == 1
+    single = {name: t[:1] for name, t in inputs.items()}
+    got, wanted = both(model, **single, max_new_tokens=30, eos_token_id=[end_of(model, single, at, **mode)], **mode)
+    assert torch.equal(got, wanted) and got.shape[1] < 36
+
+
+class Stop(StoppingCriteria):
+    """Ends a sequence once it holds a multiple of 5."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 5 == 0
+
+
+def test_own_criteria(served):
+    got, wanted = both(dense(), **prompts(5, 4), max_new_tokens=40, stopping_criteria=[Stop()], **GREEDY)
+    assert torch.equal(got, wanted) and len(served) == 1 and got.shape[1] < 45
+
+
+def test_stop_strings(served):
+    model, tokenizer, inputs = dense(), byte_tokenizer(), prompts(6)
+    text = tokenizer.decode([end_of(model, inputs, 4, **GREEDY)])
+    got, wanted = both(model, **inputs, max_new_tokens=40, stop_strings=[text], tokenizer=tokenizer, **GREEDY)
+    assert torch.equal(got, wanted) and len(served) == 1 and got.shape[1] < 46
+
+
+class Record(BaseStreamer):
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen.append(value.flatten().tolist())
+
+    def end(self):
+        self.seen.append("end")
+
+
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLE])
+def test_streamers_get_the_prompt_and_every_token_once(mode, served):
+    model, inputs, seen = dense(), prompts(5), []
+    for call in (model.generate, lambda **k: GenerationMixin.generate(model, **k)):
+        torch.manual_seed(3)
+        stream = Record()
+        call(**inputs, max_new_tokens=12, eos_token_id=[end_of(model, inputs, 7, **mode)], streamer=stream, **mode)
+        seen.append(stream.seen)
+    assert seen[0] == seen[1] and seen[0][-1] == "end" and len(served) == 1
+
+
+def test_configurations_and_several_results_of_one_prompt(served):
+    config = GenerationConfig(max_new_tokens=8, do_sample=True, num_return_sequences=3, pad_token_id=0)
+    got, wanted = both(dense(), **prompts(5), generation_config=config)
+    assert got.shape == (3, 13) and torch.equal(got, wanted) and len(served) == 1
+
+
+def test_weights_that_moved_are_noticed(served):
+    """A new weight at another address, and another dtype: not the captured one's tokens."""
+    model, inputs = dense(), prompts(5)
+    model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(-model.model.layers[1].mlp.up_proj.weight.detach())
+    for _ in range(2):
+        got, wanted = both(model, **inputs, max_new_tokens=12, **GREEDY)
+        assert torch.equal(got, wanted)
+        model.double().float().to(torch.float32)
+    assert len(served) == 3
+
+
+REFUSED = {
+    "num_beams": {"num_beams": 2},
+    "return_dict": {"return_dict_in_generate": True},
+    "cache": {"past_key_values": "a cache"},
+    "assistant": {"prompt_lookup_num_tokens": 2},
+    "right": {"attention_mask": torch.tensor([[1, 1, 0]]), "input_ids": torch.tensor([[5, 6, 0]])},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_runtime_cannot_do_goes_the_plain_way_with_one_warning(name, served, recwarn):
+    model, change = dense(), dict(REFUSED[name])
+    kwargs = {**prompts(3), "max_new_tokens": 5, **GREEDY} | {
+        k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()
+    }
+    for _ in range(2):
+        if name == "cache":
+            kwargs["past_key_values"] = model(**prompts(2)).past_key_values
+        got = model.generate(**kwargs)
+    if name == "cache":
+        kwargs["past_key_values"] = model(**prompts(2)).past_key_values
+    wanted = GenerationMixin.generate(model, **kwargs)
+    got, wanted = (r if isinstance(r, Tensor) else r.sequences for r in (got, wanted))
+    told = [str(w.message) for w in recwarn if "plain path" in str(w.message)]
+    assert torch.equal(got, wanted) and not served and len(told) == 1
+
+
+def test_too_many_sequences(served):
+    got, wanted = both(dense(), **prompts(*[2] * 65), max_new_tokens=3, **GREEDY)
+    assert torch.equal(got, wanted) and not served
+
+
+def test_hooks_and_adapters_are_not_bypassed(served):
+    model, inputs = dense(), prompts(4)
+    first = model.generate(**inputs, max_new_tokens=8, **GREEDY)
+    handle = model.model.layers[0].register_forward_hook(lambda module, given, result: result * 0.5)
+    got, wanted = both(model, **inputs, max_new_tokens=8, **GREEDY)
+    assert torch.equal(got, wanted) and not torch.equal(got, first) and len(served) == 1
+    handle.remove()
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, **GREEDY), first) and len(served) == 1
+
+
+def test_a_second_generation_meanwhile_takes_the_plain_path(served):
+    """A streamer that generates with the same model: the caches of the first are not touched."""
+    model, inputs = dense(), prompts(5)
+
+    class Nested(Record):
+        def end(self):
+            self.inner = model.generate(**inputs, max_new_tokens=6, **GREEDY)
+
+    stream = Nested()
+    outer = model.generate(**inputs, max_new_tokens=6, streamer=stream, **GREEDY)
+    assert torch.equal(stream.inner, outer) and len(served) == 1
+
+
+def test_a_cpu_says_so_once(monkeypatch):
+    monkeypatch.undo()
+    model = llama(llama_config())
+    with pytest.warns(UserWarning, match="plain path: the model is on the cpu"):
+        ppf.accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inputs = {name: t.cpu() for name, t in prompts(4).items()}
+        got = model.generate(**inputs, max_new_tokens=5, **GREEDY)
+    assert torch.equal(got, GenerationMixin.generate(model, **inputs, max_new_tokens=5, **GREEDY))
+
+
+def test_other_models_are_refused():
+    config = Qwen2Config(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    with pytest.raises(InputError, match="not a Llama"):
+        ppf.accelerate(Qwen2ForCausalLM(config))
+    with pytest.raises(InputError, match="biases"):
+        ppf.accelerate(copy.deepcopy(llama(llama_config())).__class__(llama_config(attention_bias=True)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [dense, pruned])
+def test_logits_are_as_exact_as_the_plain_path_s(make, dtype):
+    """Prefill and 32 steps with given tokens; against the same weights in fp64, at most twice the plain error."""
+    model = make(dtype=dtype)
+    state = generation.runtime_of(model)
+    inputs = prompts(40, 17)
+    ids = torch.cat((inputs["input_ids"], prompts(32, 32)["input_ids"]), 1)
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(ids[:, 40:])), 1)
+    plain, exact = (
+        m(input_ids=ids, attention_mask=mask).logits[:, 39:].double() for m in (model, copy.deepcopy(model).double())
+    )
+    session = state.engine.session(state.plan, 2, 80)
+    session.reset((~inputs["attention_mask"].bool()).sum(1, dtype=torch.int32), [], 0)
+    loop.prefill(session, inputs["input_ids"])
+    got = [session.logits.double().clone()]
+    for at in range(40, 72):
+        session.token.copy_(ids[:, at])
+        session.advance()
+        got.append(session.logits.double().clone())
+    assert (torch.stack(got, 1) - exact).norm() <= 2 * (plain - exact).norm()

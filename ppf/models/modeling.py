@@ -91,6 +91,12 @@ class PPFLlamaForCausalLM(PPFLlamaPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``; on a GPU through the fast runtime wherever that can serve the request."""
+        from ..runtime.generation import generate
+
+        return generate(self, *args, **kwargs)
+
     def _get_static_cache_init_shape(self) -> tuple[list[int], int] | None:
         """Shapes for generate()'s eager cache; transformers 5.17 reads one global head count, which does not exist."""
         if len(set(getattr(self, "hf_device_map", {}).values())) > 1:

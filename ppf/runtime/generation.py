@@ -58,9 +58,11 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """``model.generate(inputs, *args, **kwargs)`` by the runtime where it can, else by transformers."""
-    reason = _where(model) or _obstacle(model, args, kwargs)
+    where = _where(model)
+    reason = where or _obstacle(model, args, kwargs)
     if reason is not None:
-        if model.device.type == "cuda":
+        # Who asked for a CPU knows it; accelerate() has said so.
+        if where is None or model.device.type == "cuda":
             _warn(model, reason)
         return GenerationMixin.generate(model, inputs, *args, **kwargs)
     kwargs = _with_stop_strings(kwargs)
