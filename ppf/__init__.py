@@ -14,6 +14,7 @@ from .fitting import fit
 from .grid import Grid
 from .models import PPFLlamaConfig, PPFLlamaForCausalLM
 from .policy import Policy
+from .recovery import RecoverySettings, recover
 from .run import Answer, Run
 from .runtime import accelerate
 from .settings import Settings
@@ -27,11 +28,13 @@ __all__ = [
     "PPFLlamaConfig",
     "PPFLlamaForCausalLM",
     "Policy",
+    "RecoverySettings",
     "Run",
     "Settings",
     "Structure",
     "accelerate",
     "fit",
     "load",
+    "recover",
     "save",
 ]
