@@ -12,6 +12,7 @@ from typing import Any
 from . import checkpoint
 from ._version import versions
 from .errors import InputError
+from .experience import Experience
 from .files import check_output
 from .policy import Policy
 from .progress import Progress, silent
@@ -35,10 +36,17 @@ class Choice:
     evaluations: int = 0
 
 
-def choose(run: Run, ratio: float, search: int | None = None, progress: Progress = silent) -> Choice:
+def choose(
+    run: Run,
+    ratio: float,
+    search: int | None = None,
+    progress: Progress = silent,
+    experience: Experience | None = None,
+) -> Choice:
     """The agent's policy for ``ratio``, or the best one that ``search`` true evaluations find.
 
-    Raises ``InputError`` for an impossible ratio, an unfinished run, or fewer than one evaluation.
+    The search learns from ``experience`` and adds to it: the run's own, unless another store is given. Raises
+    ``InputError`` for an impossible ratio, an unfinished run, or fewer than one evaluation.
     """
     answer = run.policy(ratio)
     if search is None:
@@ -47,7 +55,7 @@ def choose(run: Run, ratio: float, search: int | None = None, progress: Progress
         raise InputError("search", search, "finds nothing without evaluations", "Use a whole number, at least 1")
     # The search refits its predictor; the run keeps the one whose prediction is reported.
     predictor = copy.deepcopy(run.predictor)
-    searcher = Search(run.evaluator(), run.experience, predictor, run.agent, ratio, run.settings.seed)
+    searcher = Search(run.evaluator(), experience or run.experience, predictor, run.agent, ratio, run.settings.seed)
     policy, _ = searcher.run(search, progress)
     return Choice(policy, "search", ratio, search)
 

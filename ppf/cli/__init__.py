@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .compare import compare
 from .demo import demo
 from .eval import evaluate
 from .export import export
@@ -25,6 +26,7 @@ app.command("recover")(recover)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("info")(info)
+app.command("compare")(compare)
 app.command("export")(export)
 app.command("demo")(demo)
 

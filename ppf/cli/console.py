@@ -25,6 +25,7 @@ _LABELS = {
     "search": "Searching",
     "recover": "Training (tokens)",
     "score": "Scoring tokens",
+    "compare": "Methods and ratios",
     "demo": "Pruned and reloaded",
 }
 

@@ -21,6 +21,7 @@ _AFTER_INTERRUPT = {
     "fit": "Start the same command again: it goes on where it stopped",
     "prune": "Nothing was written to OUT; evaluations of --search stay in RUN",
     "recover": "Start the same command again: it goes on where it stopped",
+    "compare": "Start the same command again: finished methods are kept",
     "demo": "Start it again",
 }
 

@@ -1,0 +1,90 @@
+"""``ppf compare``: PPF and other people's methods on equal terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ..errors import InputError
+from .console import progress_bars, show
+from .options import Device, Json, Seed, TextFile
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+    from ..run import Run
+
+
+def compare(
+    path: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A run, or a checkpoint to fit first.")],
+    text: TextFile,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the comparison; an unfinished one resumes.")],
+    ratios: Annotated[str, typer.Option(help="Shares of the decoder's parameters to remove.")] = "0.2,0.3,0.4,0.5",
+    methods: Annotated[
+        str, typer.Option(help="all, or a list of methods; NAME:N gives a searching one N evaluations a ratio.")
+    ] = "all",
+    tokens: Annotated[
+        int | None, typer.Option(help="Report on about so many tokens of the text; all if left out.")
+    ] = None,
+    fit_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For a MODEL: the text to fit on. For a RUN: not used.")
+    ] = None,
+    fit_evaluations: Annotated[int, typer.Option(help="For a MODEL: evaluations of the fit.")] = 600,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of PPF's and other methods' policies on a text that none of them was chosen on."""
+    from ..comparison import compare as compare_methods
+    from ..comparison import parse_methods
+
+    chosen, shares = parse_methods(methods), _ratios(ratios)
+    with progress_bars() as progress:
+        run = _open(path, fit_text, fit_evaluations, output, device, seed, progress)
+        data = compare_methods(run, text, output, chosen, shares, tokens, seed, progress)
+    show(as_json, data, _table(data), f"Page: {output / 'comparison.html'}")
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise InputError("ratios", text, "is no list of numbers", "Write 0.2,0.3,0.5, say") from None
+
+
+def _open(
+    path: Path, text: Path | None, evaluations: int, output: Path, device: str, seed: int, progress: Progress
+) -> Run:
+    """The run at ``path``, or the one that fits the model at ``path`` and stands beside the comparison."""
+    from ..fitting import fit
+    from ..run import MANIFEST, Run
+    from ..settings import Settings
+
+    if (path / MANIFEST).exists():
+        if text is not None:
+            raise InputError("fit-text", text, "makes no sense with a run, which is fitted already", "Drop it")
+        return Run(path, device=device)
+    if text is None:
+        raise InputError("fit-text", "(none)", f"{path} is no run and must be fitted", "Give --fit-text FILE")
+    folder = output.with_name(output.name + "-run")
+    return fit(path, text, folder, settings=Settings(evaluations, seed), device=device, progress=progress)
+
+
+def _table(data: dict[str, Any]) -> Table:
+    from ..comparison.page import table_of
+
+    headers, rows = table_of(data)
+    protocol = data["protocol"]
+    title = (
+        f"Perplexity on {Path(protocol['text']).name}, {protocol['tokens']:,} tokens in sequences of "
+        f"{protocol['sequence_length']}; evaluations and seconds a ratio"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
