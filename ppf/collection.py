@@ -6,21 +6,22 @@ therefore proposes the same policies again, finds those already measured in the 
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from . import agent as agent_kinds
+from . import predictor as predictor_kinds
 from .agent import Agent, train_agent
-from .errors import PPFError
 from .evaluation import Evaluator
 from .experience import Evaluation, Experience
 from .exploration import initial_proposals, next_proposals
 from .grid import Grid
+from .measurement import measure_many
 from .policy import Policy
-from .predictor import DEFAULT, Predictor, make_predictor
+from .predictor import Predictor, make_predictor
 from .progress import Progress, silent
 from .settings import MINIMUM_EVALUATIONS
 from .training import fit_predictor
@@ -48,13 +49,22 @@ def schedule(evaluations: int) -> list[int]:
     return [first] + [rest // rounds + (index < rest % rounds) for index in range(rounds)]
 
 
+@dataclass(frozen=True)
+class Learning:
+    """How to learn: the kind of predictor, the way to train the agent, and the library's error energies [S, K]."""
+
+    predictor: str = predictor_kinds.DEFAULT
+    agent: str = agent_kinds.DEFAULT
+    energies: Tensor | None = None
+
+
 def collect(
     evaluator: Evaluator,
     experience: Experience,
     evaluations: int,
     seed: int,
     progress: Progress = silent,
-    kind: str = DEFAULT,
+    learning: Learning | None = None,
 ) -> None:
     """Run the loop until ``experience`` holds all rows of ``evaluations``; resumes what is half done."""
     done = 0
@@ -62,8 +72,10 @@ def collect(
         before = experience.rows(before_round=index)
         complete = len(experience.rows(before_round=index + 1)) - len(before) >= count
         if not complete:
-            for policy, source in _proposals(evaluator, before, index, count, seed, kind):
-                measure(evaluator, experience, policy, index, source)
+            proposals = _proposals(evaluator, before, index, count, seed, learning)
+            for start in range(0, len(proposals), evaluator.chunk):
+                policies, sources = zip(*proposals[start : start + evaluator.chunk], strict=True)
+                measure_many(evaluator, experience, policies, index, sources)
                 progress("evaluate", len(experience), evaluations)
         done += count
         progress("evaluate", done, evaluations)
@@ -75,43 +87,27 @@ def learn(
     seed: int,
     device: torch.device,
     effort: float = 1.0,
-    kind: str = DEFAULT,
+    learning: Learning | None = None,
+    experts: int = 1,
 ) -> Fitted:
-    """A predictor of a ``kind`` and an agent, trained from scratch on ``rows``; ``effort`` scales their steps."""
-    predictor, agent = make_predictor(kind, grid).to(device), Agent(grid, seed=seed).to(device)
+    """A predictor and an agent, trained from scratch on ``rows``; ``effort`` scales their steps, ``experts`` are the
+    agent's rounds of expert iteration."""
+    how = learning or Learning()
+    predictor = make_predictor(how.predictor, grid).to(device)
+    agent = Agent(grid, seed=seed, energies=how.energies).to(device)
     fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(800 * effort))
-    train_agent(agent, predictor, seed, steps=round(400 * effort))
-    return Fitted(predictor.eval(), agent.eval())
-
-
-def measure(evaluator: Evaluator, experience: Experience, policy: Policy, index: int, source: str) -> float:
-    """The log-perplexity of ``policy``: from the store if it is there, else evaluated and stored.
-
-    Raises ``PPFError`` if it is not finite.
-    """
-    known = experience.lookup(policy)
-    if known is not None:
-        return known
-    start = time.perf_counter()
-    value = evaluator.log_perplexity(policy)
-    if not math.isfinite(value):
-        raise PPFError(
-            f"the log-perplexity of {policy.to_json()} is {value}: activations overflow in {evaluator.weights.dtype}. "
-            "Convert the checkpoint to bfloat16 or float32"
-        )
-    ratio, seconds = evaluator.grid.ratio(policy), time.perf_counter() - start
-    experience.append(Evaluation(policy, value, ratio, index, source, seconds))
-    return value
+    train_agent(agent, predictor.eval(), seed, steps=round(400 * effort), kind=how.agent, experts=experts)
+    return Fitted(predictor, agent.eval())
 
 
 def _proposals(
-    evaluator: Evaluator, before: Sequence[Evaluation], index: int, count: int, seed: int, kind: str
+    evaluator: Evaluator, before: Sequence[Evaluation], index: int, count: int, seed: int, learning: Learning | None
 ) -> list[tuple[Policy, str]]:
     if index == 0:
         return initial_proposals(evaluator.grid, count, seed)
-    fitted = learn(evaluator.grid, before, seed + index, evaluator.weights.device, kind=kind)
+    fitted = learn(evaluator.grid, before, seed + index, evaluator.weights.device, learning=learning)
     return next_proposals(fitted.agent, fitted.predictor, before, count, seed + index)
 
 
-def _tensors(grid: Grid, rows: Sequence[Evaluation]) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(grid: Grid, rows: Sequence[Evaluation]) -> tuple[Tensor, Tensor]:
     return grid.encode([row.policy for row in rows]), torch.tensor([row.log_perplexity for row in rows])

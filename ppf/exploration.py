@@ -1,7 +1,7 @@
 """What to measure next: the proposals of the fit loop, where the agent goes and around it.
 
 Round 0 measures random and uniform policies over all ratios. Every later round mixes the agent's own answers (there the
-predictor must be right), the same with noise, and neighbours of the best measured policies that the predictor likes.
+predictor must be right), the same with noise, and what breeding on the predictor finds around the best measured ones.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import torch
 from torch import Generator, Tensor
 
 from .agent import Agent
+from .agent.episodes import stratified_ratios
+from .breeding import Effort, breed, cautious, move
 from .errors import InputError, PPFError
 from .experience import Evaluation
 from .grid import Grid
 from .policy import Policy
 from .predictor import Predictor
-from .sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform_policy
+from .sampling import random_levels, random_ratios, uniform_policy
 
-# Share of a round that comes from the agent itself, from the agent with noise; the rest are screened neighbours.
-_GREEDY, _NOISY = 0.4, 0.3
-_NEIGHBOURS = 32  # candidates screened per proposal
+# Share of a round that comes from the agent itself, from the agent with noise; the rest is bred on the predictor.
+_GREEDY, _NOISY = 0.35, 0.15
+_CAUTIONS = (0.0, -0.5, -1.0, -2.0)
+_EFFORT = Effort(generations=12, offspring=24, keep=8)
+_FRONTIER = 4  # measured policies that an island starts from
 _PATIENCE = 60  # fruitless draws after which a small model is taken to have no new policies left
 
 
@@ -59,8 +63,6 @@ def next_proposals(
     seen = {row.policy for row in rows}
     proposals: dict[Policy, str] = {}
 
-    device = agent.projector.step_cost.device
-
     def add(levels: Tensor, source: str, limit: int) -> None:
         for policy in agent.grid.decode(levels):
             if len(proposals) >= limit:
@@ -68,17 +70,17 @@ def next_proposals(
             if policy not in seen:
                 proposals.setdefault(policy, source)
 
-    add(agent(_spread(count, generator).to(device)), "agent", round(_GREEDY * count))
+    add(agent(_spread(count, generator).to(agent.device)), "agent", round(_GREEDY * count))
     with_noise = round((_GREEDY + _NOISY) * count)
     for attempt in range(_PATIENCE):
         if len(proposals) >= with_noise:
             break
         noise = 0.2 * 1.5**attempt  # an agent that is sure of itself repeats itself
-        add(agent(_spread(count, generator).to(device), noise, generator), "agent-noise", with_noise)
+        add(agent(_spread(count, generator).to(agent.device), noise, generator), "agent-noise", with_noise)
     for _ in range(_PATIENCE):
         if len(proposals) >= count:
             return list(proposals.items())
-        add(_screened(agent.grid, predictor, rows, count, generator), "neighbour", count)
+        add(_bred(agent, predictor, rows, count - len(proposals), generator), "bred", count)
     raise _exhausted(count)
 
 
@@ -88,31 +90,30 @@ def _exhausted(count: int) -> PPFError:
 
 def _spread(count: int, generator: Generator) -> Tensor:
     """``count`` ratios, one from each of ``count`` equal parts of the range, in random order."""
-    low, high = RATIO_RANGE
-    place = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    return low + (high - low) * place
+    return stratified_ratios(count, generator)[torch.randperm(count, generator=generator)]
 
 
-def _screened(grid: Grid, predictor: Predictor, rows: Sequence[Evaluation], count: int, generator: Generator) -> Tensor:
-    """Neighbours int64 [P, S] of the best measured policies over all ratios: of each one's mutants, the most promising.
+def _bred(agent: Agent, predictor: Predictor, rows: Sequence[Evaluation], count: int, generator: Generator) -> Tensor:
+    """Policies int64 [P, S], the most promising of every island first: ``count`` budgets over all ratios.
 
-    A random ensemble member judges (Thompson sampling), so that what the ensemble disagrees on gets its chance.
+    Every island draws how much it trusts the predictor, so that what the predictor is unsure of gets its chance.
     """
-    parents = frontier(grid, rows, count, generator)
-    mutants = mutate(parents.repeat_interleave(_NEIGHBOURS, 0), grid, generator, swaps=4)
-    with torch.no_grad():
-        member = int(torch.randint(predictor.members, (1,), generator=generator))
-        outputs = predictor.members_at(mutants)[member].cpu()
-    best = outputs.view(len(parents), _NEIGHBOURS).argmin(1)
-    return mutants.view(len(parents), _NEIGHBOURS, -1)[torch.arange(len(parents)), best]
+    grid, device = agent.grid, agent.device
+    ratio = stratified_ratios(count, generator).to(device)
+    known = frontier(grid, rows, ratio.cpu(), _FRONTIER).to(device)
+    moved = move(known.flatten(0, 1), grid, ratio.repeat_interleave(known.shape[1])).view(known.shape)
+    caution = torch.tensor(_CAUTIONS)[torch.randint(len(_CAUTIONS), (count,), generator=generator)]
+    start, judge = torch.cat((moved, agent(ratio)[:, None]), 1), cautious(predictor, caution)
+    pool = breed(start, ratio, judge, grid, generator, _EFFORT)
+    return pool.transpose(0, 1).flatten(0, 1).cpu()
 
 
-def frontier(grid: Grid, rows: Sequence[Evaluation], count: int, generator: Generator) -> Tensor:
-    """Levels int64 [count, S] of measured policies that are the best within 2 % of ratios drawn over the range."""
+def frontier(grid: Grid, rows: Sequence[Evaluation], wanted: Tensor, count: int) -> Tensor:
+    """Levels int64 [R, count, S] of the ``count`` best measured policies within 2 % of each ratio ``wanted`` [R]."""
     ratio = torch.tensor([row.ratio for row in rows])
     value = torch.tensor([row.log_perplexity for row in rows])
-    wanted = _spread(count, generator)
     # Beyond the window, distance in ratio outweighs any difference in log-perplexity.
     distance = ((ratio - wanted[:, None]).abs() - 0.02).clamp_min(0)
-    best = (value + 100 * distance).argmin(1)
-    return grid.encode([rows[index].policy for index in best.tolist()])
+    best = (value + 100 * distance).argsort(1)[:, :count]
+    levels = grid.encode([row.policy for row in rows])
+    return levels[best]

@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 
 from . import checkpoint
 from ._version import versions
+from .agent import error_energies
 from .calibration import LayerStatistics, calibrate
-from .collection import collect, learn
+from .collection import Learning, collect, learn
 from .errors import InputError
 from .exploration import check_evaluations
 from .files import require_space, write_json, write_safetensors
@@ -31,6 +32,7 @@ from .weights import LayerRanking, permute_layer
 
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
+_FINAL_EXPERTS = 3
 _TEXTS = "texts.safetensors"
 # Texts, statistics, experience, predictor and agent beside the library: generously.
 _OTHER_FILES = 64 << 20
@@ -172,9 +174,12 @@ def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[s
 def _learn(run: Run, progress: Progress) -> None:
     """Collect the experience, then train the predictor and the agent that stay."""
     settings = run.settings
-    collect(run.evaluator(), run.experience, settings.evaluations, settings.seed, progress, settings.predictor)
+    evaluator = run.evaluator()
+    how = Learning(settings.predictor, settings.agent, error_energies(evaluator.library, run.grid))
+    collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how)
     progress("learn", 0, 1)
-    fitted = learn(run.grid, run.experience.rows(), settings.seed, run.device, _FINAL_EFFORT, settings.predictor)
+    rows = run.experience.rows()
+    fitted = learn(run.grid, rows, settings.seed, run.device, _FINAL_EFFORT, how, experts=_FINAL_EXPERTS)
     write_safetensors(run.path / "predictor.safetensors", fitted.predictor.state_dict())
     write_safetensors(run.path / "agent.safetensors", fitted.agent.state_dict())
     progress("learn", 1, 1)

@@ -45,20 +45,23 @@ def random_ratios(count: int, generator: Generator) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def mutate(levels: Tensor, grid: Grid, generator: Generator, swaps: int = 3, ratio: float | None = None) -> Tensor:
-    """Neighbours of levels int64 [B, S] at the budget of ``ratio``, or each at its own: 1 to ``swaps`` level swaps.
+def mutate(
+    levels: Tensor, grid: Grid, generator: Generator, swaps: int = 3, ratio: float | Tensor | None = None
+) -> Tensor:
+    """Neighbours of levels int64 [B, S] at the budgets of ``ratio`` (one, or fp32 [B]), or each at its own: 1 to
+    ``swaps`` level swaps. On the device of ``levels``; ``generator`` is a CPU's.
 
     Give ``ratio`` when mutants are mutated again: every generation may be half a step off the one before.
     """
-    projector = Projector(grid)
+    device, projector = levels.device, Projector(grid).to(levels.device)
     own = 1 - projector.cost(levels) / grid.structure.decoder_parameters
-    budget = own if ratio is None else torch.full_like(own, ratio)
+    budget = own if ratio is None else torch.as_tensor(ratio, device=device).to(own).expand(len(levels))
     count = torch.randint(1, swaps + 1, (len(levels), 1), generator=generator)
     noise = torch.rand(levels.shape, generator=generator)
     chosen = noise.argsort(-1).argsort(-1) < 2 * count  # 2·count random sub-layers a row
     sign = torch.where(torch.rand(levels.shape, generator=generator) < 0.5, -1, 1)
     size = torch.randint(1, 3, levels.shape, generator=generator)
-    moved = (levels + chosen * sign * size).clamp(projector.minimum, projector.maximum)
+    moved = (levels + (chosen * sign * size).to(device)).clamp(projector.minimum, projector.maximum)
     # A little noise decides which of many equal neighbours pays for what the swaps leave over.
-    noise = 1e-4 * torch.rand((*levels.shape, 1), generator=generator)
+    noise = 1e-4 * torch.rand((*levels.shape, 1), generator=generator).to(device)
     return projector(nearest(moved / projector.maximum, grid) * (1 + noise), budget)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from . import agent as agent_kinds
+from . import predictor as predictor_kinds
 from .errors import InputError
-from .predictor import DEFAULT, predictor_named
 from .ranking import ranking_named
 
 
@@ -21,11 +22,13 @@ class Settings:
     sequence_length: int = 512
     calibration_tokens: int = 131_072
     evaluation_tokens: int = 16_384
-    predictor: str = DEFAULT
+    predictor: str = predictor_kinds.DEFAULT
+    agent: str = agent_kinds.DEFAULT
 
     def __post_init__(self) -> None:
         ranking_named(self.ranking)
-        predictor_named(self.predictor)
+        predictor_kinds.predictor_named(self.predictor)
+        agent_kinds.trainer_named(self.agent)
         smallest = {
             "evaluations": (MINIMUM_EVALUATIONS, "the predictor cannot learn from fewer"),
             "seed": (0, "seeds are not negative"),

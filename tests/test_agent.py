@@ -8,7 +8,8 @@ import torch
 from factories import synthetic_log_perplexity
 from safetensors.torch import load_file, save_file
 
-from ppf.agent import Agent, _relax, train_agent
+from ppf.agent import Agent, train_agent
+from ppf.agent.relaxation import relax
 from ppf.grid import Grid
 from ppf.predictor import Predictor
 from ppf.predictor.mlp import MLP
@@ -128,7 +129,7 @@ def test_the_budget_takes_part_in_the_gradient():
     weight = torch.randn_like(utility)
 
     def value(u: torch.Tensor) -> torch.Tensor:
-        return (_relax(u.masked_fill(~allowed, -1e9), kept, cost, 0.7) * weight).sum()
+        return (relax(u.masked_fill(~allowed, -1e9), kept, cost, 0.7) * weight).sum()
 
     (gradient,) = torch.autograd.grad(value(utility), utility)
     for place in [(0, 1, 2), (0, 7, 20), (1, 3, 4), (1, 11, 0)]:

@@ -8,7 +8,8 @@ import torch
 from factories import dense_weights, quick_learning, random_ranking, synthetic_log_perplexity, tokens
 
 from ppf import collection
-from ppf.collection import collect, learn, measure, schedule
+from ppf.collection import collect, learn, schedule
+from ppf.measurement import measure
 from ppf.errors import PPFError
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience

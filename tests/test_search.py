@@ -7,11 +7,13 @@ import torch
 from factories import dense_weights, random_ranking, synthetic_log_perplexity, tokens
 
 from ppf.agent import Agent
-from ppf.collection import Fitted, collect, learn, measure
+from ppf.breeding import Effort
+from ppf.collection import Fitted, collect, learn
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
 from ppf.grid import Grid
+from ppf.measurement import measure
 from ppf.predictor import make_predictor
 from ppf.search import SEARCH_ROUND, Search
 from ppf.structure import Structure
@@ -24,14 +26,15 @@ class Synthetic(Evaluator):
 
     calls = 0
 
-    def log_perplexity(self, policy):
-        self.calls += 1
-        return float(synthetic_log_perplexity(self.grid, self.grid.encode([policy]))[0])
+    def log_perplexities(self, policies, tokens=None):
+        self.calls += len(policies)
+        return synthetic_log_perplexity(self.grid, self.grid.encode(policies)).tolist()
 
 
 @pytest.fixture(autouse=True)
 def small_generations(monkeypatch):
-    monkeypatch.setattr("ppf.search._OFFSPRING", 128)
+    monkeypatch.setattr("ppf.search._EFFORT", Effort(generations=4, offspring=16, keep=16))
+    monkeypatch.setattr("ppf.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 
 def evaluator() -> Synthetic:

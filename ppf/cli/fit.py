@@ -29,6 +29,7 @@ def fit(
     calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,
     evaluation_tokens: Annotated[int, typer.Option(help="At most so many tokens of evaluation text.")] = 16_384,
     predictor: Annotated[str | None, typer.Option(help="Kind of predictor: mlp.")] = None,
+    agent: Annotated[str | None, typer.Option(help="How the agent is trained: pathwise or actor-critic.")] = None,
     as_json: Json = False,
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
@@ -40,6 +41,8 @@ def fit(
     )
     if predictor:
         settings = replace(settings, predictor=predictor)
+    if agent:
+        settings = replace(settings, agent=agent)
     with progress_bars() as progress:
         run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
     facts = run_facts(run)
