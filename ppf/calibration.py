@@ -69,10 +69,15 @@ class _Accumulator:
         self.tokens = 0
 
     def add(self, inner: Tensor) -> None:
-        x = inner.flatten(0, -2).float()
-        self.gram.addmm_(x.T, x)
-        self.total += x.sum(0)
+        x = inner.flatten(0, -2)
+        self.total += x.sum(0, dtype=torch.float32)
         self.tokens += len(x)
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            # Products of 16-bit numbers are exact in fp32, so that the matrix units lose nothing but the order of sums.
+            self.gram += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            self.gram.addmm_(x.T, x)
 
     def finish(self) -> Statistics:
         gram, mean = self.gram.div_(self.tokens), self.total / self.tokens

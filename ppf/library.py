@@ -1,15 +1,21 @@
 """The library: for every sub-layer and level, the output projection refitted to reproduce the dense output best.
 
 With the units in ranking order, the kept inputs of a level are the leading block of the Gram H. One Cholesky
-factorisation H + λI = L Lᵀ therefore serves every level: the leading block of L factorises the leading block of H, and
-with Y = W H L⁻ᵀ the least-squares solution W H[:,S] (H[S,S] + λI)⁻¹ is Y[:, :w] · L[:w, :w]⁻¹. Only Y and L are kept
-(C² + hidden·C numbers, whatever the number of levels); a level costs one triangular solve when it is first asked for.
+factorisation H + λI = L Lᵀ therefore serves every level: the leading block of L⁻¹ inverts the leading block of L, and
+with Y = W H L⁻ᵀ the least-squares solution W H[:,S] (H[S,S] + λI)⁻¹ is Y[:, :w] · L⁻¹[:w, :w]. Only Y and L⁻¹ are kept
+(C² + hidden·C numbers, whatever the number of levels). L⁻¹ is triangular, so that a level's solution is the one before
+plus one product with the rows in between: all levels together cost what a single dense product does.
+
+Everything up to Y and L⁻¹ is fp64: rounding a Gram with a few dominant directions to tf32 or fp32 before factorising it
+asks for a hundred times the damping. Rounded afterwards to fp32, a solution is off by √cond(H + λI) roundings, at most
+some 3,000 for 11,008 inputs at the default damping: 2e-4, an eighteenth of a bf16 rounding. Products with L⁻¹ are full
+fp32 for the same reason; tf32 would be off by as much as the weight itself.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +32,8 @@ from .weights import LayerRanking, LayerWeights, expand_units
 DAMPING = 1e-3
 # Up to this many inputs the factors are kept in fp64: it costs megabytes. Beyond, fp32 halves gigabytes.
 _EXACT_INPUTS = 2048
-_CACHE_BYTES = 8 << 30
+# Solved levels to keep: on a CPU so many bytes, on a GPU this share of the memory that is free.
+_CACHE_BYTES, _FREE_SHARE = 8 << 30, 0.75
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,28 @@ class Refit:
     """
 
     dense: Tensor  # [hidden, n]
-    half: Tensor  # Y = W H L⁻ᵀ [hidden, n]
-    factor: Tensor  # L [n, n]
+    half: Tensor  # Y = W H L⁻ᵀ [hidden, n]; with ``inverse`` on the device, or in a memory-mapped file
+    inverse: Tensor  # L⁻¹ [n, n]
     widths: tuple[int, ...]  # channels of each level
     error: Tensor  # [levels]
 
     def weight(self, level: int) -> Tensor:
         """The refitted output projection [hidden, widths[level]] in the dense one's dtype; solved at each call."""
-        width = self.widths[level]
-        if width == len(self.factor):
+        if self.widths[level] == self.dense.shape[1]:
             return self.dense
-        block, half = self.factor[:width, :width], self.half[:, :width]
-        solution = torch.linalg.solve_triangular(block, half, upper=False, left=False)
-        return solution.to(self.dense.dtype).contiguous()
+        *_, solution = self.solutions(level)
+        return solution
+
+    def solutions(self, last: int | None = None) -> Iterator[Tensor]:
+        """The weights of all levels from 0 to ``last``, to the bit those of :meth:`weight`."""
+        device, dtype = self.dense.device, self.half.dtype
+        total = torch.zeros(self.dense.shape, dtype=dtype, device=device)
+        before = 0
+        for width in self.widths[: None if last is None else last + 1]:
+            new = slice(before, width)
+            total[:, :width].addmm_(self.half[:, new].to(device), self.inverse[new, :width].to(device))
+            before = width
+            yield self.dense if width == total.shape[1] else total[:, :width].to(self.dense.dtype).contiguous()
 
 
 def refit(
@@ -68,13 +84,16 @@ def refit(
     # The floor is for a sub-layer whose input is always zero: it has nothing to refit, and that is no error.
     added = damping * gram.diagonal().mean().clamp_min(1e-30)
     target = dense @ gram
-    factor, info = torch.linalg.cholesky_ex(gram.diagonal_scatter(gram.diagonal() + added))
-    half = torch.linalg.solve_triangular(factor.T, target, upper=True, left=False)
+    gram.diagonal().add_(added)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    half = target @ inverse.T
     if int(info) or not half.isfinite().all():
         raise PPFError("the calibration Gram is not positive definite: the model's activations hold NaN or Inf")
     dtype = torch.float64 if len(gram) <= _EXACT_INPUTS else torch.float32
     error = _error_energies(half, (target * dense).sum(), widths)
-    return Refit(weight, half.to(dtype), factor.to(dtype), tuple(widths), error)
+    return Refit(weight, half.to(dtype), inverse.to(dtype), tuple(widths), error)
 
 
 def _error_energies(half: Tensor, energy: Tensor, widths: Sequence[int]) -> Tensor:
@@ -100,12 +119,16 @@ def refit_layer(
 class Library:
     """Refitted output projections by sub-layer (numbered as in :class:`Grid`) and level.
 
-    Keeps the most recently used solutions, up to ``cache_bytes``: a small model's all, of a large one a working set.
+    If the solutions of all levels fit into ``cache_bytes`` (default: 8 GiB on a CPU, three quarters of what is free on
+    a GPU), a sub-layer's are solved together when the first one is asked for, and kept. Otherwise each is solved when
+    asked for, and the most recently used are kept. The results are the same, bit for bit.
     """
 
-    def __init__(self, refits: Sequence[Refit], dtype: torch.dtype | None = None, cache_bytes: int = _CACHE_BYTES):
+    def __init__(self, refits: Sequence[Refit], dtype: torch.dtype | None = None, cache_bytes: int | None = None):
         self._refits = tuple(refits)
-        self._dtype, self._limit = dtype, cache_bytes
+        self._dtype = dtype
+        self._limit = _room(self._refits[0].dense.device) if cache_bytes is None else cache_bytes
+        self._all_fit = sum(_solved_bytes(refit, dtype) for refit in self._refits) <= self._limit
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._bytes = 0
 
@@ -113,18 +136,19 @@ class Library:
         """The refitted o or down, [hidden, width of that level]."""
         key = (sublayer, level)
         if key not in self._cache:
-            solved = self._refits[sublayer].weight(level)
-            self._keep(key, solved if self._dtype is None else solved.to(self._dtype))
+            refit = self._refits[sublayer]
+            solved = enumerate(refit.solutions()) if self._all_fit else [(level, refit.weight(level))]
+            for at, weight in solved:
+                self._keep((sublayer, at), weight if self._dtype is None else weight.to(self._dtype))
         self._cache.move_to_end(key)
         return self._cache[key]
 
     def levels(self, sublayer: int) -> Tensor:
         """The refitted o or down of all levels, [levels, hidden, n], zero past each level's width. Not kept here."""
         refit = self._refits[sublayer]
-        dtype = self._dtype or refit.dense.dtype
-        stacked = torch.zeros(len(refit.widths), *refit.dense.shape, dtype=dtype, device=refit.dense.device)
-        for level, width in enumerate(refit.widths):
-            stacked[level, :, :width] = refit.weight(level)
+        stacked = refit.dense.new_zeros((len(refit.widths), *refit.dense.shape), dtype=self._dtype)
+        for level, weight in enumerate(refit.solutions()):
+            stacked[level, :, : weight.shape[1]] = weight
         return stacked
 
     def _keep(self, key: tuple[int, int], weight: Tensor) -> None:
@@ -142,7 +166,17 @@ class Library:
         return self._refits[sublayer].error
 
 
-_STORED = "half", "factor", "error"
+def _room(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CACHE_BYTES
+    return int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def _solved_bytes(refit: Refit, dtype: torch.dtype | None) -> int:
+    return sum(refit.widths) * len(refit.dense) * (dtype or refit.dense.dtype).itemsize
+
+
+_STORED = "half", "inverse", "error"
 TENSORS = tuple(f"{kind}.{name}" for kind in ("attention", "ffn") for name in _STORED)
 
 
@@ -152,15 +186,31 @@ def save_refits(path: Path, attention: Refit, ffn: Refit) -> None:
     write_safetensors(path, {f"{kind}.{name}": getattr(part, name) for kind, part in parts for name in _STORED})
 
 
-def load_refits(tensors: dict[str, Tensor], layer: LayerWeights, grid: Grid) -> tuple[Refit, Refit]:
-    """Inverse of :func:`save_refits`, for the same layer in ranking order and the same grid."""
+def load_refits(
+    tensors: dict[str, Tensor], layer: LayerWeights, grid: Grid, on_device: bool = True
+) -> tuple[Refit, Refit]:
+    """Inverse of :func:`save_refits`, for the same layer in ranking order and the same grid.
+
+    ``on_device`` moves the factors to the layer's device; otherwise they stay where ``tensors`` are (memory-mapped, as
+    safetensors reads them), and what a solution needs of them is copied when it is solved.
+    """
 
     def load(kind: str, dense: Tensor, widths: Sequence[int]) -> Refit:
-        half, factor = (tensors[f"{kind}.{name}"].to(dense.device) for name in ("half", "factor"))
-        return Refit(dense, half, factor, tuple(widths), tensors[f"{kind}.error"])
+        half, inverse = (tensors[f"{kind}.{name}"] for name in ("half", "inverse"))
+        if on_device:
+            half, inverse = half.to(dense.device), inverse.to(dense.device)
+        return Refit(dense, half, inverse, tuple(widths), tensors[f"{kind}.error"])
 
     groups, channels = _widths(grid)
     return load("attention", layer.o, groups), load("ffn", layer.down, channels)
+
+
+def fits_on_device(grid: Grid, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GPU has room for all factors and all solutions; always true on a CPU, where they are mapped anyway."""
+    if device.type != "cuda":
+        return True
+    solved = grid.structure.hidden * dtype.itemsize * grid.structure.layers * sum(sum(w) for w in _widths(grid))
+    return library_bytes(grid) + solved <= _room(device)
 
 
 def library_bytes(grid: Grid) -> int:

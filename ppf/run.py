@@ -30,7 +30,7 @@ from .errors import InputError
 from .evaluation import Evaluator
 from .experience import Experience
 from .grid import Grid
-from .library import TENSORS, Library, load_refits
+from .library import TENSORS, Library, fits_on_device, load_refits
 from .policy import Policy
 from .precision import compute_dtype
 from .predictor import Prediction, Predictor, make_predictor
@@ -100,7 +100,7 @@ class Run:
         Raises ``InputError`` for a ratio that is no share or beyond the structure, or while the fit is unfinished.
         """
         check_ratio(ratio, self.grid)
-        self._require_complete()
+        self.require_complete()
         agent, predictor = self.agent, self.predictor  # loading is not the agent's time
         start = time.perf_counter()
         levels = agent(torch.tensor([float(ratio)]))
@@ -113,16 +113,20 @@ class Run:
 
     def predict(self, policy: Policy) -> Prediction:
         """The predictor's log-perplexity [1] for any policy on the grid."""
-        self._require_complete()
+        self.require_complete()
         return self.predictor(self.grid.encode([policy]))
 
     @cached_property
     def dense(self) -> LlamaForCausalLM:
         """The dense model. Raises ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
+        self.require_model()
+        return checkpoint.load_dense(self.model_path, device=str(self.device))
+
+    def require_model(self) -> None:
+        """Raise ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
         if checkpoint.fingerprint(self.model_path) != self.manifest["fingerprint"]:
             problem = f"is not the model that {self.path} was fitted on"
             raise InputError("model", self.model_path, problem, "Put the original checkpoint back, or fit a new run")
-        return checkpoint.load_dense(self.model_path, device=str(self.device))
 
     @cached_property
     def weights(self) -> DecoderWeights:
@@ -148,10 +152,11 @@ class Run:
 
     @cached_property
     def library(self) -> Library:
-        """All refits, on the device, in the checkpoint's dtype."""
+        """All refits in the checkpoint's dtype; their factors on the device if there is room, else mapped files."""
         layers = self.permuted.layers
+        room = fits_on_device(self.grid, self.weights.dtype, self.device)
         files = (self._tensors(layer_file("library", index), *TENSORS) for index in range(self.structure.layers))
-        pairs = [load_refits(tensors, layer, self.grid) for tensors, layer in zip(files, layers, strict=True)]
+        pairs = [load_refits(tensors, layer, self.grid, room) for tensors, layer in zip(files, layers, strict=True)]
         return Library([attention for attention, _ in pairs] + [ffn for _, ffn in pairs])
 
     def sequences(self, part: str = "evaluation") -> Tensor:
@@ -173,7 +178,8 @@ class Run:
         model.generation_config = self.dense.generation_config
         return model
 
-    def _require_complete(self) -> None:
+    def require_complete(self) -> None:
+        """Raise ``InputError`` while the fit is unfinished."""
         if not self.is_complete:
             remedy = "Start the same `ppf fit` command again: it goes on where it stopped"
             raise InputError("run", self.path, "its fit is not finished", remedy)

@@ -241,7 +241,7 @@ def to_cuda(weights: DecoderWeights) -> DecoderWeights:
 
 
 def library_to_cuda(library: Library, dtype: torch.dtype) -> Library:
-    moved = [replace(r, dense=r.dense.cuda(), half=r.half.cuda(), factor=r.factor.cuda()) for r in library._refits]
+    moved = [replace(r, dense=r.dense.cuda(), half=r.half.cuda(), inverse=r.inverse.cuda()) for r in library._refits]
     return Library(moved, dtype)
 
 

@@ -151,12 +151,18 @@ def test_default_damping_hardly_costs_anything(problem):
     assert exact < damped < 1.05 * exact
 
 
-def test_library_keeps_what_fits_and_solves_the_rest_again():
+@pytest.fixture
+def layer_refits():
+    """Refits of o and down of one layer on a grid of four and five levels, with the layer and the grid."""
     _, weights = dense_weights("gqa")
     grid = Grid(weights.structure, 16)
     ranking = random_ranking(weights.structure)[1]
     layer = permute_layer(weights.layers[1], ranking, weights.structure)
-    refits = refit_layer(layer, list(calibrate(weights, tokens(8, 40)))[1], ranking, grid)
+    return refit_layer(layer, list(calibrate(weights, tokens(8, 40)))[1], ranking, grid), layer, grid
+
+
+def test_library_keeps_what_fits_and_solves_the_rest_again(layer_refits):
+    refits, *_ = layer_refits
     roomy, tight = Library(refits), Library(refits, cache_bytes=refits[1].weight(2).nbytes)
     assert roomy.weight(1, 2) is roomy.weight(1, 2)
     first = tight.weight(1, 2)
@@ -165,11 +171,34 @@ def test_library_keeps_what_fits_and_solves_the_rest_again():
     assert tight.weight(1, 2) is not first and torch.equal(tight.weight(1, 2), first)
 
 
-def test_library_bytes_are_those_on_disk(tmp_path):
-    _, weights = dense_weights("gqa")
-    grid = Grid(weights.structure, 16)
-    ranking = random_ranking(weights.structure)[1]
-    layer = permute_layer(weights.layers[1], ranking, weights.structure)
-    save_refits(tmp_path / "layer", *refit_layer(layer, list(calibrate(weights, tokens(8, 40)))[1], ranking, grid))
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_solutions_are_the_same_together_and_alone(layer_refits, dtype):
+    """Bit for bit, or a checkpoint would not be what was evaluated."""
+    refits, *_ = layer_refits
+    roomy, tight = Library(refits, dtype), Library(refits, dtype, cache_bytes=1)
+    for sublayer, refitted in enumerate(refits):
+        stacked = roomy.levels(sublayer)
+        for level, width in enumerate(refitted.widths):
+            alone = refitted.weight(level).to(dtype or torch.float32)
+            assert torch.equal(roomy.weight(sublayer, level), alone) and torch.equal(
+                tight.weight(sublayer, level), alone
+            )
+            assert torch.equal(stacked[level, :, :width], alone) and not stacked[level, :, width:].any()
+
+
+def test_factors_may_stay_in_their_file(tmp_path, layer_refits):
+    refits, layer, grid = layer_refits
+    save_refits(tmp_path / "layer.safetensors", *refits)
+    tensors = load_file(tmp_path / "layer.safetensors")
+    mapped = load_refits(tensors, layer, grid, on_device=False)
+    assert mapped[1].half.data_ptr() == tensors["ffn.half"].data_ptr()
+    assert all(
+        torch.equal(a, b) for x, y in zip(refits, mapped, strict=True) for a, b in zip(every(x), every(y), strict=True)
+    )
+
+
+def test_library_bytes_are_those_on_disk(tmp_path, layer_refits):
+    refits, _, grid = layer_refits
+    save_refits(tmp_path / "layer", *refits)
     written = sum(tensor.nbytes for name, tensor in load_file(tmp_path / "layer").items() if "error" not in name)
-    assert library_bytes(grid) == weights.structure.layers * written
+    assert library_bytes(grid) == grid.structure.layers * written
