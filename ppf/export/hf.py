@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,25 @@ def write_copy(
 
 
 def modelling_code() -> dict[str, str]:
-    """PPF's configuration and modelling modules as they stand, importing each other under their new names."""
+    """PPF's configuration and modelling modules, importing each other under their new names and nothing else of PPF."""
     home, files = Path(models.__file__).parent, {}
     for module, name in _CODE.items():
-        text = (home / f"{module}.py").read_text(encoding="utf-8")
+        text = _alone((home / f"{module}.py").read_text(encoding="utf-8"))
         for other, renamed in _CODE.items():
             text = text.replace(f"from .{other} import", f"from .{renamed} import")
         files[f"{name}.py"] = text
     return files
+
+
+def _alone(code: str) -> str:
+    """``code`` without the methods that import from the rest of PPF: its runtime does not come with a folder."""
+    lines = code.splitlines(keepends=True)
+    for cls in reversed([node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]):
+        for method in reversed([node for node in cls.body if isinstance(node, ast.FunctionDef)]):
+            if any(isinstance(node, ast.ImportFrom) and node.level > 1 for node in ast.walk(method)):
+                first = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
+                del lines[first - 2 : method.end_lineno]  # with the blank line above
+    return "".join(lines)
 
 
 def write_report(folder: Path, source: Source, facts: dict[str, Any]) -> None:
