@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration import LayerStatistics, Moments, Statistics
 from .errors import InputError
+from .ranking_obs import removal_scores
 from .structure import Structure
 from .weights import LayerRanking, LayerWeights
 
@@ -25,6 +26,7 @@ class Scored:
     output: Tensor  # [hidden, n]
     statistics: Statistics | Moments
     inputs: tuple[Tensor, ...]  # matrices [n, hidden] whose row j makes channel j
+    unit: int = 1  # consecutive channels that stay or go together
 
 
 def magnitude(s: Scored) -> Tensor:
@@ -47,11 +49,17 @@ def maw(s: Scored) -> Tensor:
     return sum(w.float().amax(1) + w.float().amin(1).abs() for w in s.inputs)
 
 
+def obs(s: Scored) -> Tensor:
+    """The round in which channel j's unit leaves, fp32 [n]: see :mod:`ppf.ranking_obs`. Needs the whole Gram."""
+    return removal_scores(s.output, s.statistics.gram, s.unit)
+
+
 RANKINGS: dict[str, Callable[[Scored], Tensor]] = {
     "magnitude": magnitude,
     "wanda-sp": wanda_sp,
     "flap-wifv": flap_wifv,
     "maw": maw,
+    "obs": obs,
 }
 
 
@@ -68,7 +76,7 @@ def rank_layer(name: str, layer: LayerWeights, statistics: LayerStatistics, stru
     # One row of v feeds the same channel of all g query heads of its group, as a row of gate and up feeds a channel.
     d, g = structure.head_dim, structure.heads_per_group
     values = layer.v.view(structure.kv_groups, 1, d, -1).expand(-1, g, -1, -1).reshape(-1, layer.v.shape[1])
-    attention = score(Scored(layer.o, statistics.attention, (values,)))
+    attention = score(Scored(layer.o, statistics.attention, (values,), structure.group_rows))
     ffn = score(Scored(layer.down, statistics.ffn, (layer.gate, layer.up)))
     return LayerRanking(_order(attention.view(structure.kv_groups, -1).sum(1)), _order(ffn))
 

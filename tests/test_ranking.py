@@ -7,14 +7,40 @@ import torch
 from factories import dense_weights, tokens
 
 from ppf.calibration import Statistics, calibrate
-from ppf.errors import InputError
+from ppf.errors import InputError, PPFError
 from ppf.ranking import RANKINGS, Scored, rank_layer, ranking_named
+from ppf.ranking_obs import removal_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def least_error(output, gram, gone: list[int]) -> float:
+    """The smallest tr((Ŵ − W) H (Ŵ − W)ᵀ) with Ŵ zero in the columns ``gone``: what they carry, given the others."""
+    kept = [j for j in range(len(gram)) if j not in gone]
+    schur = gram[gone][:, gone]
+    if kept:
+        schur = schur - gram[gone][:, kept] @ torch.linalg.solve(gram[kept][:, kept], gram[kept][:, gone])
+    return float((output[:, gone] @ schur * output[:, gone]).sum())
+
+
+def naive_obs(output, x, unit: int = 1) -> torch.Tensor:
+    """Remove the unit whose loss, all others refitted, costs least; again until none is left."""
+    gram = x.T @ x / len(x)
+    gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    channels = [list(range(u * unit, (u + 1) * unit)) for u in range(len(gram) // unit)]
+    left, gone, position = list(range(len(channels))), [], torch.zeros(len(gram), dtype=torch.float64)
+    while left:
+        cheapest = min(left, key=lambda u: least_error(output, gram, gone + channels[u]))
+        position[channels[cheapest]] = len(channels) - len(left)
+        gone += channels[cheapest]
+        left.remove(cheapest)
+    return position
+
+
 def naive_score(name: str, output, x, inputs) -> torch.Tensor:
     """One score per channel, written out for fp64 output [hidden, n], x [tokens, n] and feeding rows."""
+    if name == "obs":
+        return naive_obs(output, x)
     scores = []
     for j in range(output.shape[1]):
         column = output[:, j]
@@ -58,7 +84,7 @@ def test_layers_are_ranked_by_the_sums_over_their_units(name, heads):
     assert (scores[1:] <= scores[:-1]).all()
     # Query head h reads the values of kv-group h // g.
     rows = torch.cat([layer.v[h // s.heads_per_group * s.head_dim :][: s.head_dim] for h in range(6)])
-    channel = ranking_named(name)(Scored(layer.o, statistics.attention, (rows,)))
+    channel = ranking_named(name)(Scored(layer.o, statistics.attention, (rows,), s.group_rows))
     groups = torch.stack([part.sum() for part in channel.split(s.group_rows)])
     assert ranking.attention.tolist() == sorted(range(s.kv_groups), key=lambda g: -float(groups[g]))
     assert sorted(ranking.ffn.tolist()) == list(range(s.channels))
@@ -83,6 +109,28 @@ def test_rankings_disagree():
     statistics = list(calibrate(weights, tokens()))[2]
     orders = {tuple(rank_layer(n, weights.layers[2], statistics, weights.structure).ffn.tolist()) for n in RANKINGS}
     assert len(orders) == len(RANKINGS)
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_obs_removes_what_costs_least_after_refitting_the_others(unit):
+    generator = torch.Generator().manual_seed(2)
+    output, x = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (5, 60))
+    x[:, 7] = x[:, 2] + 0.05 * x[:, 3]  # either may go, but not both
+    found = removal_scores(output, x.T @ x / len(x), unit)
+    assert found.tolist() == naive_obs(output, x, unit).tolist()
+    if unit == 1:
+        assert min(found[2], found[7]) == 0 and max(found[2], found[7]) > 5
+        # Negative control: in one round nothing is judged again, and both go early.
+        assert max(removal_scores(output, x.T @ x / len(x), 1, rounds=1)[[2, 7]]) < 3
+
+
+def test_obs_in_rounds_keeps_the_units_of_each_round_together():
+    generator = torch.Generator().manual_seed(2)
+    output, x = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (5, 60))
+    coarse = removal_scores(output, x.T @ x / len(x), 1, rounds=5)  # 3, 3, 3, 3
+    assert sorted(coarse.tolist()) == list(range(12))
+    with pytest.raises(PPFError, match="NaN or Inf"):
+        removal_scores(output, torch.full((12, 12), torch.nan), 1)
 
 
 def test_unknown_names_are_refused():
