@@ -115,7 +115,8 @@ def test_rankings_disagree():
 def test_obs_removes_what_costs_least_after_refitting_the_others(unit):
     generator = torch.Generator().manual_seed(2)
     output, x = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (5, 60))
-    x[:, 7] = x[:, 2] + 0.05 * x[:, 3]  # either may go, but not both
+    x[:, 7] = x[:, 2] + 0.05 * x[:, 3]  # either may go, but not both:
+    output[:, [2, 7]] = 3
     found = removal_scores(output, x.T @ x / len(x), unit)
     assert found.tolist() == naive_obs(output, x, unit).tolist()
     if unit == 1:
