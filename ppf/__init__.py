@@ -8,7 +8,7 @@ Importing ppf registers ``ppf_llama`` with transformers' Auto classes.
 """
 
 from . import models as _models  # noqa: F401  (registers the Auto classes)
-from .checkpoint import load, save
+from .checkpoint import save
 from .errors import InputError, PPFError
 from .fitting import fit
 from .grid import Grid
@@ -17,6 +17,7 @@ from .policy import Policy
 from .recovery import RecoverySettings, recover
 from .run import Answer, Run
 from .runtime import accelerate
+from .runtime.loading import load
 from .settings import Settings
 from .structure import Structure
 

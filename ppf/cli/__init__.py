@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .compare import compare
 from .demo import demo
 from .eval import evaluate
@@ -27,6 +28,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("info")(info)
 app.command("compare")(compare)
+app.command("bench")(bench)
 app.command("export")(export)
 app.command("demo")(demo)
 

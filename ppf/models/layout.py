@@ -93,14 +93,15 @@ def build(
     state_dict: dict[str, Tensor],
     dtype: torch.dtype,
     generation_config: GenerationConfig | None = None,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """The model of ``config`` holding ``state_dict``, in eval mode, on the tensors' device.
 
     Tensors that already have ``dtype`` are taken over without a copy. Nothing is initialised at random: missing,
     unexpected and misshapen tensors raise ``InputError``. With tied embeddings ``lm_head.weight`` may be left out.
-    ``generation_config`` (say the dense model's) is carried over.
+    ``generation_config`` (say the dense model's) is carried over; ``model_class`` replaces the class of ``config``.
     """
-    model = _on_meta(config)
+    model = _on_meta(config, model_class)
     state_dict = _complete(model, config, state_dict)
     cast = {name: tensor.detach().to(dtype) for name, tensor in state_dict.items()}
     model.load_state_dict(cast, strict=True, assign=True)
@@ -114,9 +115,9 @@ def build(
     return model.eval()
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+def _on_meta(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     with torch.device("meta"):
-        return MODEL_CLASSES[config.model_type](config)
+        return (model_class or MODEL_CLASSES[config.model_type])(config)
 
 
 def _complete(model: PreTrainedModel, config: PreTrainedConfig, given: dict[str, Tensor]) -> dict[str, Tensor]:

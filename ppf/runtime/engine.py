@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 
 from .plan import Plan
 from .session import Session
@@ -40,7 +39,7 @@ class Engine:
         self._sessions.move_to_end(key)
         return self._sessions[key]
 
-    def forget(self, unwanted: Callable[[Plan], bool]) -> None:
-        """Drop the sessions of the plans for which ``unwanted`` is true."""
-        for key in [key for key in self._sessions if unwanted(key[0])]:
+    def forget(self, plan: Plan) -> None:
+        """Drop the sessions of ``plan``."""
+        for key in [key for key in self._sessions if key[0] is plan]:
             del self._sessions[key]

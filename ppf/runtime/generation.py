@@ -22,7 +22,7 @@ from .engine import Engine
 from .loop import Request, run
 from .plan import Plan, plan_of, unsupported
 
-_STATE = "_ppf_runtime"
+STATE = "_ppf_runtime"
 _GREEDY_OR_SAMPLE = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE
 # Arguments of generate() and fields of its configuration that only the plain path knows; all are off by default.
 _ARGUMENTS = (
@@ -137,9 +137,9 @@ def runtime_of(model: Any) -> RuntimeState:
 
 
 def _state(model: Any) -> RuntimeState:
-    if _STATE not in model.__dict__:
-        model.__dict__[_STATE] = RuntimeState()
-    return model.__dict__[_STATE]
+    if STATE not in model.__dict__:
+        model.__dict__[STATE] = RuntimeState()
+    return model.__dict__[STATE]
 
 
 def _warn(model: Any, reason: str) -> None:
