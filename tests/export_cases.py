@@ -91,7 +91,7 @@ def bpe_tokenizer(pre_tokenizer: dict | None = None, **model) -> PreTrainedToken
     return _adapted(tokenizer, pre_tokenizer, model)
 
 
-def sentencepiece_tokenizer(size: int = 290) -> PreTrainedTokenizerFast:
+def sentencepiece_tokenizer(size: int = 480) -> PreTrainedTokenizerFast:
     """BPE with byte fallback as transformers writes SentencePiece's: all pairs that join to a piece are merges."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
