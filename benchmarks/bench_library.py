@@ -1,0 +1,204 @@
+"""Building a library: seconds, memory and the physical limit; and what rankings and refits are worth. Needs a GPU.
+
+    python benchmarks/bench_library.py --output benchmarks/results/library_h200.json \
+        --model MODEL --text calibration.txt --eval-text evaluation.txt
+
+Llama-2-7B's shape with random weights, 16 FFN levels and 32 kv-groups, everything from the tokens on: the dense pass
+with its Grams, ranking, factors, and the solutions of all levels; before that MODEL, a small checkpoint, with the
+perplexity of uniform policies by ranking, and by refit, masking, and masking with FLAP's biases. ``limit`` is the
+operations over the rate of an 8192-cubed product of the same kind, measured in the same run: bf16 for pass and Grams,
+fp64 for the factors, fp32 for the solutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from bench_evaluation import DEVICE, LLAMA_2_7B, VOCABULARY, random_weights, seconds
+from torch import Tensor
+
+from ppf import checkpoint
+from ppf.calibration import LayerStatistics, calibrate
+from ppf.evaluation import Evaluator
+from ppf.forward import token_losses
+from ppf.grid import Grid
+from ppf.library import Library, Refit, library_bytes, refit_layer
+from ppf.peers.plain import masked_hidden
+from ppf.policy import Policy
+from ppf.ranking import rank_layer
+from ppf.sampling import uniform_policy
+from ppf.text import pack, read_tokens, take_tokens
+from ppf.weights import DecoderWeights, LayerRanking, expand_units, permute_layer
+
+CALIBRATION_TOKENS = 131_072
+
+
+class Stages:
+    """Seconds by stage; the GPU is idle at the borders."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+
+
+def rates() -> dict[torch.dtype, float]:
+    """FLOP/s of an 8192-cubed product by dtype."""
+    found = {}
+    for dtype, laps in ((torch.bfloat16, 20), (torch.float32, 2), (torch.float64, 2)):
+        a, b = (torch.randn(8192, 8192, device=DEVICE).to(dtype) for _ in range(2))
+        found[dtype] = 2 * 8192**3 * laps / seconds(lambda a=a, b=b, n=laps: [a @ b for _ in range(n)], laps=1)
+    return found
+
+
+def build(weights: DecoderWeights, grid: Grid, sequences: Tensor, ranking: str, stages: Stages) -> list[Refit]:
+    """The refits of all sub-layers in the grid's order, factors on the device."""
+    stream, refits = calibrate(weights, sequences), []
+    for layer in weights.layers:
+        with stages.stage("pass and Grams"):
+            statistics = next(stream)
+        with stages.stage("ranking"):
+            order = rank_layer(ranking, layer, statistics, grid.structure)
+            permuted = permute_layer(layer, order, grid.structure)
+        with stages.stage("factors"):
+            refits.append(refit_layer(permuted, statistics, order, grid))
+        del statistics, permuted
+    return [attention for attention, _ in refits] + [ffn for _, ffn in refits]
+
+
+def large_row(speed: dict[torch.dtype, float]) -> dict:
+    """Llama-2-7B's shape. Factors go as their solutions come, so that both never stand whole on the device."""
+    grid, stages = Grid(LLAMA_2_7B, 688), Stages()
+    weights = random_weights(LLAMA_2_7B)
+    sequences = torch.randint(0, VOCABULARY, (CALIBRATION_TOKENS // 2048, 2048), device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    refits = build(weights, grid, sequences, "wanda-sp", stages)
+    with_factors = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    solved = []
+    while refits:
+        with stages.stage("solutions"):
+            solved.append(list(refits.pop().solutions()))
+    result = {
+        "model": "llama-2-7b shape", "calibration_tokens": CALIBRATION_TOKENS, "levels": sum(map(len, solved)),
+        "factor_GB": library_bytes(grid) / 1e9,
+        "solution_GB": sum(w.nbytes for level in solved for w in level) / 1e9,
+        "peak_GB_with_factors": with_factors / 1e9, "peak_GB_with_solutions": torch.cuda.max_memory_allocated() / 1e9,
+    }  # fmt: skip
+    result |= timed(stages.seconds, limits(grid, CALIBRATION_TOKENS, 2048, speed))
+    with stages.stage("ranking by obs, one layer"):
+        stream = calibrate(weights, sequences[:8])
+        rank_layer("obs", weights.layers[0], next(stream), grid.structure)
+    return result | {"seconds_obs_ranking_one_layer": round(stages.seconds["ranking by obs, one layer"], 3)}
+
+
+def limits(grid: Grid, tokens: int, length: int, speed: dict[torch.dtype, float]) -> dict[str, float]:
+    """Seconds of each stage's operations. A factorisation and a triangular inverse take n³/3 each."""
+    s = grid.structure
+    sizes = (s.kv_groups * s.group_rows, s.group_rows), (s.channels, grid.ffn_multiple)
+    dense = 2 * s.decoder_parameters * tokens + 2 * s.layers * sizes[0][0] * length * tokens
+    grams = sum(2 * n * n * tokens for n, _ in sizes) * s.layers
+    factors = sum(2 * n**3 / 3 + 3 * s.hidden * n * n for n, _ in sizes) * s.layers
+    solutions = sum(s.hidden * n * (n + step) for n, step in sizes) * s.layers
+    return {
+        "pass and Grams": (dense + grams) / speed[torch.bfloat16],
+        "factors": factors / speed[torch.float64],
+        "solutions": solutions / speed[torch.float32],
+    }
+
+
+def timed(took: dict[str, float], limit: dict[str, float]) -> dict:
+    total, least = sum(took.values()), sum(limit.values())
+    return {
+        "seconds": round(total, 3), "limit_seconds": round(least, 3), "share_of_limit": round(least / total, 3),
+        "stages": {k: round(v, 3) for k, v in took.items()}, "limits": {k: round(v, 3) for k, v in limit.items()},
+    }  # fmt: skip
+
+
+def small_rows(arguments: argparse.Namespace, speed: dict[torch.dtype, float]) -> Iterator[dict]:
+    """Perplexities of uniform policies on 49,152 tokens in sequences of 512, FFN multiple 64."""
+    weights = DecoderWeights.from_model(checkpoint.load_dense(arguments.model, device=DEVICE.type))
+    tokenizer = checkpoint.load_tokenizer(arguments.model)
+    calibration, evaluation = (
+        take_tokens(pack(read_tokens(text, tokenizer), 512), tokens).to(DEVICE)
+        for text, tokens in ((arguments.text, CALIBRATION_TOKENS), (arguments.eval_text, 49_152))
+    )
+    grid = Grid(weights.structure)
+    exact = list(calibrate(weights, calibration))
+    for name in ("wanda-sp", "flap-wifv", "obs"):
+        stages = Stages()
+        refits = build(weights, grid, calibration, name, stages)
+        rankings = [rank_layer(name, w, s, grid.structure) for w, s in zip(weights.layers, exact, strict=True)]
+        ranked = weights.permuted(rankings)
+        result = {"model": arguments.model.name, "ranking": name}
+        result |= timed(stages.seconds, limits(grid, calibration.numel(), 512, speed))
+        for ratio in (0.3, 0.5):
+            policy = uniform_policy(grid, ratio)
+            for kind, library in (("refit", Library(refits)), ("masked", None)):
+                value = Evaluator(ranked, grid, evaluation, library).log_perplexity(policy)
+                result[f"perplexity_{kind}_{ratio:.0%}"] = round(math.exp(value), 2)
+            value = with_biases(ranked, grid, exact, rankings, policy, evaluation)
+            result[f"perplexity_masked_with_biases_{ratio:.0%}"] = round(math.exp(value), 2)
+        yield result
+
+
+def with_biases(
+    weights: DecoderWeights, grid: Grid, statistics: list[LayerStatistics], rankings: list[LayerRanking],
+    policy: Policy, sequences: Tensor,
+) -> float:  # fmt: skip
+    """Log-perplexity of masking with FLAP's compensation: the mean output W·x̄ of what is removed, as a bias."""
+    s, biases = grid.structure, {}
+    for index, (layer, moments, order) in enumerate(zip(weights.layers, statistics, rankings, strict=True)):
+        query = expand_units(order.attention, s.group_rows)
+        lost = policy.attention[index] * s.group_rows, policy.ffn[index]
+        for at, output, mean, width in (
+            (index, layer.o, moments.attention.mean[query.to(DEVICE)], lost[0]),
+            (s.layers + index, layer.down, moments.ffn.mean[order.ffn.to(DEVICE)], lost[1]),
+        ):
+            biases[at] = (output[:, width:].float() @ mean[width:]).to(output.dtype)
+    levels = grid.encode([policy])[0].tolist()
+    losses = token_losses(weights, masked_hidden(weights, grid, levels, sequences, biases), sequences)
+    return float(losses.double().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    for name in ("--model", "--text", "--eval-text"):
+        parser.add_argument(name, type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    rows = []
+    with torch.no_grad():
+        speed = rates()
+        report |= {f"product_TFLOP_per_s_{str(k)[6:]}": round(v / 1e12, 1) for k, v in speed.items()}
+        for found in (*small_rows(arguments, speed), large_row(speed)):
+            rows.append(found)
+            print(json.dumps(found), flush=True)
+    temporary = arguments.output.with_suffix(".part")
+    temporary.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+    temporary.replace(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
