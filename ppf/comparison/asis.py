@@ -7,15 +7,16 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..calibration import LayerStatistics
-from ..forward import token_losses
 from ..peers import PEERS, PeerStatistics
-from ..peers.plain import masked_hidden
+from ..peers.plain import masked_losses
 from ..policy import Policy
 from ..precision import compute_dtype
 from ..ranking import rank_layer
 from ..run import Run
-from ..text import batches
 from ..weights import DecoderWeights, LayerRanking, expand_units
+
+# At once: all their logits are in memory.
+_TOKENS = 8_192
 
 # Ranking, allocation, and whether the removed units' mean outputs are added as biases.
 AS_IS = {
@@ -59,8 +60,7 @@ def _log_perplexity(
 ) -> float:
     levels = run.grid.encode([policy])[0].tolist()
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
-    for tokens in batches(sequences.to(weights.device), weights.device):
-        hidden = masked_hidden(weights, run.grid, levels, tokens, biases)
-        total += token_losses(weights, hidden, tokens).double().sum()
+    for tokens in sequences.to(weights.device).split(max(1, _TOKENS // sequences.shape[1])):
+        total += masked_losses(weights, run.grid, levels, tokens, biases).double().sum()
     count, length = sequences.shape
     return float(total) / (count * (length - 1))

@@ -13,19 +13,8 @@ from ..budget import Budget
 from ..errors import InputError
 from ..policy import Policy
 from ..structure import Structure
-from .alphapruning import alphapruning
-from .cfsp import cfsp
-from .evolution import evolution, staged_evolution
-from .finercut import finercut
-from .flap import flap
-from .owl import owl
-from .puzzle import puzzle
-from .random import random
-from .shortgpt import shortgpt
+from . import alphapruning, cfsp, evolution, finercut, flap, owl, puzzle, random, shortgpt, tracenas, uniform, uniql
 from .statistics import Meter, PeerStatistics
-from .tracenas import tracenas
-from .uniform import uniform, uniform_split
-from .uniql import uniql
 
 Allocate = Callable[[Structure, PeerStatistics, Budget], Policy]
 
@@ -41,20 +30,20 @@ class Peer:
 
 
 PEERS: dict[str, Peer] = {
-    "uniform": Peer(uniform, "the same share of every sub-layer"),
-    "uniform-split": Peer(uniform_split, "the best share for attention and FFN, the same in all layers", 11),
-    "random": Peer(random, "the best of random policies", 150),
-    "flap": Peer(flap, "FLAP's global threshold over standardised scores, by cost"),
-    "owl": Peer(owl, "OWL: layers with outliers keep more"),
-    "alphapruning": Peer(alphapruning, "AlphaPruning: heavy-tailed layers keep more"),
-    "cfsp": Peer(cfsp, "CFSP: layers that turn the residual stream keep more"),
-    "uniql": Peer(uniql, "UniQL: softmax over block influence"),
-    "shortgpt": Peer(shortgpt, "ShortGPT: whole layers go by block influence"),
-    "finercut": Peer(finercut, "FinerCut: sub-layers go greedily", 100_000),
-    "puzzle": Peer(puzzle, "Puzzle: additive scores and an integer program", 100_000),
-    "tracenas": Peer(tracenas, "TraceNAS: evolution on gradient agreement"),
-    "evopress": Peer(staged_evolution, "EvoPress, DarwinLM, Týr: staged (1 + 128) evolution", 1_500),
-    "evolution": Peer(evolution, "plain (8 + 8) evolution, every offspring measured", 1_500),
+    "uniform": Peer(uniform.allocate, "the same share of every sub-layer"),
+    "uniform-split": Peer(uniform.allocate_split, "the best share for attention and FFN, the same in all layers", 11),
+    "random": Peer(random.allocate, "the best of random policies", 150),
+    "flap": Peer(flap.allocate, "FLAP's global threshold over standardised scores, by cost"),
+    "owl": Peer(owl.allocate, "OWL: layers with outliers keep more"),
+    "alphapruning": Peer(alphapruning.allocate, "AlphaPruning: heavy-tailed layers keep more"),
+    "cfsp": Peer(cfsp.allocate, "CFSP: layers that turn the residual stream keep more"),
+    "uniql": Peer(uniql.allocate, "UniQL: softmax over block influence"),
+    "shortgpt": Peer(shortgpt.allocate, "ShortGPT: whole layers go by block influence"),
+    "finercut": Peer(finercut.allocate, "FinerCut: sub-layers go greedily", 100_000),
+    "puzzle": Peer(puzzle.allocate, "Puzzle: additive scores and an integer program", 100_000),
+    "tracenas": Peer(tracenas.allocate, "TraceNAS: evolution on gradient agreement"),
+    "evopress": Peer(evolution.allocate_staged, "EvoPress, DarwinLM, Týr: staged (1 + 128) evolution", 1_500),
+    "evolution": Peer(evolution.allocate, "plain (8 + 8) evolution, every offspring measured", 1_500),
 }
 
 

@@ -14,7 +14,7 @@ from .statistics import PeerStatistics
 _SPREAD = 0.3  # ε: ratios lie between 1 − ε and 1 + ε times their mean
 
 
-def alphapruning(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """Pruning ratios linear in the layer's mean tail index α, from 1 − ε to 1 + ε, scaled to the budget."""
     alpha = torch.tensor([_layer_alpha(layer) for layer in statistics.weights.layers])
     position = (alpha - alpha.min()) / (alpha.max() - alpha.min()).clamp_min(1e-30)

@@ -14,7 +14,7 @@ _SCALE = 128 * 2048 / 1e4
 _MARGIN = 1.05
 
 
-def cfsp(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """keep_l ∝ sigmoid(I_l − Ī), I_l the angle between a layer's input and output; attention and FFN alike.
 
     The authors prune only the FFN. Where the best layer would keep more than all of it, differences are shrunk, as in

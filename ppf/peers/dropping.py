@@ -21,7 +21,7 @@ def kept_after(grid: Grid, dropped: Sequence[Sequence[int]], kept: float) -> Ten
     The group at the boundary goes in part. What must stay of layer 0's attention counts as its cost.
     """
     costs = sublayer_costs(grid)
-    least = torch.tensor(grid.minimum) / torch.tensor(grid.maximum)
+    least = torch.tensor(grid.minimum, dtype=torch.float64) / torch.tensor(grid.maximum)
     fractions, excess = torch.ones(len(costs), dtype=torch.float64), (1 - kept) * float(costs.sum())
     for group in dropped:
         chosen = list(group)

@@ -23,7 +23,7 @@ _PATIENCE = 50  # fruitless draws of a generation, after which there are no new 
 Measure = Callable[[list[Policy]], list[float]]
 
 
-def evolution(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """Elitist (8 + 8) evolution from the uniform policy, 1 to 3 level swaps an offspring, every one truly measured."""
     return evolve(statistics, budget, int(statistics.meter.remaining), statistics.meter.measure)
 
@@ -42,7 +42,7 @@ def evolve(statistics: PeerStatistics, budget: Budget, count: int, measure: Meas
     return min(known, key=known.__getitem__)
 
 
-def staged_evolution(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate_staged(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """(1 + λ) evolution as in EvoPress (arXiv 2410.14649): each generation's 128 offspring are measured on 2k tokens,
     the best 16 on 16k, the best 4 of these on 128k (or all there are), where the parent competes with them.
 
@@ -50,23 +50,35 @@ def staged_evolution(structure: Structure, statistics: PeerStatistics, budget: B
     """
     generator, meter = torch.Generator().manual_seed(statistics.seed), statistics.meter
     parent = budget.policy(torch.full((structure.layers,), budget.kept))
-    while True:
-        brood = _offspring([parent], budget, _BROOD, generator, {parent})
-        if not brood or _generation_cost(len(brood), statistics) > meter.remaining:
-            return parent
-        for survivors, tokens in _STAGES:
+    stages = [stage for stage in _STAGES if stage[0] == 1 or meter.cost(stage[1]) < 1]
+    while (count := _affordable(stages, statistics)) > 1:
+        brood = _offspring([parent], budget, count, generator, {parent})
+        if not brood:
+            break
+        for survivors, tokens in stages:
             competing = brood + ([parent] if survivors == 1 else [])
             values = meter.measure(competing, tokens)
             best = sorted(range(len(competing)), key=values.__getitem__)
             brood = [competing[index] for index in best[:survivors]]
         parent = brood[0]
+    return parent
 
 
-def _generation_cost(offspring: int, statistics: PeerStatistics) -> float:
-    """Evaluations that one generation of the staged evolution takes, the parent's among them."""
-    competing = [offspring, *(min(offspring, survivors) for survivors, _ in _STAGES)]
-    costs = [statistics.meter.cost(tokens) for _, tokens in _STAGES]
-    return sum(count * cost for count, cost in zip(competing, costs, strict=False)) + costs[-1]
+def _affordable(stages: list[tuple[int, int]], statistics: PeerStatistics) -> int:
+    """The largest brood, 128 or a half, a quarter… of it, that the remaining evaluations can see through all stages."""
+    count = _BROOD
+    while count > 1 and _generation_cost(count, stages, statistics) > statistics.meter.remaining:
+        count //= 2
+    return count
+
+
+def _generation_cost(count: int, stages: list[tuple[int, int]], statistics: PeerStatistics) -> float:
+    """Evaluations that one generation of ``count`` offspring takes, the parent's in the last stage among them."""
+    cost = statistics.meter.cost(stages[-1][1])
+    for survivors, tokens in stages:
+        cost += count * statistics.meter.cost(tokens)
+        count = min(count, survivors)
+    return cost
 
 
 def _offspring(

@@ -12,7 +12,7 @@ from .dropping import kept_after, sublayer_costs
 from .statistics import PeerStatistics
 
 
-def finercut(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """Greedy removal by true evaluations of every remaining sub-layer; the last one goes in part, to meet the budget.
 
     The change of the model is measured as everybody's is here, by log-perplexity on the search text. Needs about

@@ -13,7 +13,7 @@ from ..structure import Structure
 from .statistics import PeerStatistics
 
 
-def flap(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """Keep the units with the highest standardised scores until their costs fill the budget.
 
     Scores are WIFV, Var(x_j)·‖W[:,j]‖₂², standardised within each layer; the attention's are squared first and then

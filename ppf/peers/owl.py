@@ -14,7 +14,7 @@ _OUTLIER = 5.0  # M: an outlier is M times the layer's mean
 _SPREAD = 0.08  # λ: layers' kept shares differ by at most 2λ
 
 
-def owl(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """keep_l = 2λ(LOD_l − min)/(max − min) − mean + kept, LOD_l the layer's outlier distribution: the share of its
     |W|·‖x‖ entries above M times their mean."""
     outliers = torch.tensor([_outlier_share(statistics, index) for index in range(structure.layers)])

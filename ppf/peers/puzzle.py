@@ -15,7 +15,7 @@ from ..structure import Structure
 from .statistics import PeerStatistics
 
 
-def puzzle(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """The policy of the least sum of damages that costs what the budget says.
 
     A level's damage is the true rise of log-perplexity with only this sub-layer pruned to it; interactions are ignored.

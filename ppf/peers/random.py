@@ -11,7 +11,7 @@ from ..structure import Structure
 from .statistics import PeerStatistics
 
 
-def random(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """The best of random policies from near uniform to very uneven; without evaluations, the first drawn."""
     generator = torch.Generator().manual_seed(statistics.seed)
     count = int(statistics.meter.remaining)

@@ -9,7 +9,7 @@ from .dropping import kept_after
 from .statistics import PeerStatistics
 
 
-def shortgpt(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """Drop layers by rising block influence 1 − cos(x_in, x_out); the last one in part, to meet the budget."""
     influence = [1 - seen.cosine for seen in statistics.activations]
     order = sorted(range(structure.layers), key=influence.__getitem__)

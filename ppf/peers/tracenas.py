@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..forward import token_losses
 from ..policy import Policy
 from ..structure import Structure
 from ..text import take_tokens
 from ..weights import DecoderWeights
 from .evolution import evolve
-from .plain import masked_hidden
+from .plain import masked_losses
 from .statistics import PeerStatistics
 
 _PROXIES = 300
@@ -24,7 +23,7 @@ _PROXY_TOKENS = 4_096
 _MATRICES = "q", "k", "v", "o", "gate", "up", "down"
 
 
-def tracenas(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """The candidate with the best gradient agreement among 300 that an elitist evolution scores.
 
     The proxy is Σ over all projections of (kept share) · (Pearson correlation between the loss gradients of the dense
@@ -57,8 +56,7 @@ class _Agreement:
         with torch.enable_grad():
             levels = self.grid.encode([policy])[0].tolist()
             tokens = self.tokens.to(self.weights.device)
-            hidden = masked_hidden(self.weights, self.grid, levels, tokens)
-            loss = token_losses(self.weights, hidden, tokens).mean()
+            loss = masked_losses(self.weights, self.grid, levels, tokens).mean()
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         return [torch.zeros(1) if g is None else g.flatten().float() for g in found]
 

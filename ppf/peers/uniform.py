@@ -14,12 +14,12 @@ from .statistics import PeerStatistics
 _SPLITS = 11
 
 
-def uniform(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """The policy nearest to keeping the same share of every sub-layer."""
     return budget.policy(torch.full((structure.layers,), budget.kept))
 
 
-def uniform_split(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate_split(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """The best, by true evaluations, of policies with one share for all attention and one for all FFN sub-layers.
 
     Uses as many evaluations as there are different splits, at most 11 and at most what is given.

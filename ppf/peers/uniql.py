@@ -13,7 +13,7 @@ _TEMPERATURE = 0.1  # ε
 _MOST = 0.85  # no layer loses more
 
 
-def uniql(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """φ_l = L·φ·softmax(−(1 − cos_l)/ε), at most 0.85. What the clamp leaves over, the original never removes (it
     under-delivers); here the projection spreads it over all layers, so that the budget is met."""
     influence = 1 - torch.tensor([seen.cosine for seen in statistics.activations], dtype=torch.float64)
