@@ -1,0 +1,170 @@
+"""ppf compare: everybody on the same run, cells kept, figures that can be checked against the evaluator."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from cli_cases import answer, ppf, refusal
+from factories import write_text
+
+from ppf.comparison import ALL, parse_methods
+from ppf.comparison.asis import _biases, _log_perplexity, _rank
+from ppf.errors import InputError
+from ppf.peers import PEERS
+from ppf.policy import Policy
+from ppf.run import Run
+from ppf.text import pack, read_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+METHODS = "wanda-sp as is,flap as is,uniform,uniform-split,flap,evolution:9,static:6,dynamic"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run, tmp_path_factory):
+    """A run of one's own, and a text that it has not seen."""
+    folder = tmp_path_factory.mktemp("compare")
+    shutil.copytree(tiny_run / "run", folder / "run")
+    write_text(folder / "report.txt", words=300, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(folder):
+    arguments = "--ratios", "0.2,0.5", "--methods", METHODS, "--device", "cpu", "--output", folder / "out"
+    return answer("compare", folder / "run", "--text", folder / "report.txt", *arguments)
+
+
+def cells(data: dict) -> dict:
+    return {(cell["method"], cell["requested_ratio"]): cell for cell in data["cells"]}
+
+
+def test_figures_are_the_evaluators(compared, folder):
+    run = Run(folder / "run")
+    from ppf.checkpoint import load_tokenizer
+
+    report = pack(read_tokens(folder / "report.txt", load_tokenizer(run.model_path)), 32)
+    assert compared["protocol"]["tokens"] == report.numel() and compared["protocol"]["sequence_length"] == 32
+    evaluator = run.evaluator(sequences=report)
+    for (name, ratio), cell in cells(compared).items():
+        policy = Policy(**cell["policy"])
+        assert abs(cell["delivered_ratio"] - ratio) <= min(run.grid.step_cost) / run.structure.decoder_parameters / 2
+        assert cell["perplexity"] == pytest.approx(math.exp(cell["log_perplexity"]))
+        if name.endswith("as is"):
+            assert not cell["refit"]
+        else:
+            assert cell["log_perplexity"] == pytest.approx(evaluator.log_perplexity(policy), abs=1e-5)
+
+
+def test_evaluations_are_counted_and_the_run_stays_as_it_was(compared, tiny_run, folder):
+    found = cells(compared)
+    assert {found["evolution", r]["evaluations"] for r in (0.2, 0.5)} == {9}
+    assert {found["static", r]["evaluations"] for r in (0.2, 0.5)} == {6}
+    assert {found[n, 0.2]["evaluations"] for n in ("dynamic", "uniform", "flap", "flap as is")} == {0}
+    assert len(Run(folder / "run").experience) == len(Run(tiny_run / "run").experience)
+
+
+def test_reductions_are_those_of_the_table(compared):
+    found = cells(compared)
+    entry = compared["reductions"]["PPF dynamic"]["most"]
+    names = {cell["label"]: cell["method"] for cell in compared["cells"]}
+    peer = found[names[entry["peer"]], entry["ratio"]]["perplexity"]
+    assert entry["reduction"] == pytest.approx(1 - found["dynamic", entry["ratio"]]["perplexity"] / peer)
+    every = compared["reductions"]["PPF dynamic"]["all"]
+    assert len(every) == 2 * 6 and max(e["reduction"] for e in every) == entry["reduction"]
+
+
+def test_page_and_json_are_written(compared, folder):
+    assert json.loads((folder / "out" / "comparison.json").read_text()) == compared
+    page = (folder / "out" / "comparison.html").read_text()
+    assert page.count("<svg") >= 2 and "<script" not in page
+    for cell in compared["cells"]:
+        assert cell["label"] in page and f"{cell['perplexity']:.2f}" in page
+
+
+def test_finished_cells_are_kept_and_others_may_be_added(compared, folder):
+    out = folder / "again"
+    shutil.copytree(folder / "out", out)
+    kept = out / "cells" / "uniform-0-0.2.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 123.0}))
+    (out / "cells" / "flap-0-0.2.json").unlink()
+    arguments = "--ratios", "0.2,0.3", "--methods", "uniform,flap,owl", "--device", "cpu", "--output", out
+    data = answer("compare", folder / "run", "--text", folder / "report.txt", *arguments)
+    found = cells(data)
+    assert found["uniform", 0.2]["seconds"] == 123.0
+    assert found["flap", 0.2]["policy"] == cells(compared)["flap", 0.2]["policy"]
+    assert {("owl", 0.2), ("owl", 0.3), ("uniform", 0.3)} <= set(found)
+
+
+def test_another_question_in_the_same_folder_is_refused(compared, folder, tmp_path):
+    write_text(tmp_path / "other.txt", words=200, seed=9)
+    given = "compare", folder / "run", "--device", "cpu", "--methods", "uniform"
+    refusal(*given, "--text", tmp_path / "other.txt", "--output", folder / "out", field="output")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refusal(*given, "--text", tmp_path / "other.txt", "--output", tmp_path / "full", field="output")
+
+
+def test_a_text_that_policies_were_chosen_on_is_refused(tiny_run, tmp_path):
+    given = "compare", tiny_run / "run", "--device", "cpu", "--output", tmp_path / "out"
+    refusal(*given, "--text", tiny_run / "text.txt", field="text")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, field",
+    [
+        (("--ratios", "0.2,x"), "ratios"),
+        (("--ratios", "0.2,1.4"), "ratio"),
+        (("--methods", "uniform,best"), "methods"),
+        (("--methods", "evolution:none"), "methods"),
+        (("--methods", "owl:30"), "methods"),
+        (("--methods", " , "), "methods"),
+        (("--fit-text", "x.txt"), "fit-text"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(folder, tmp_path, arguments, field):
+    given = "compare", folder / "run", "--text", folder / "report.txt", "--device", "cpu", "--output", tmp_path / "o"
+    refusal(*given, *arguments, field=field)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_model_needs_a_text_to_fit_on(tiny_run, folder, tmp_path):
+    given = "compare", tiny_run / "model", "--text", folder / "report.txt", "--output", tmp_path / "o"
+    refusal(*given, "--device", "cpu", field="fit-text")
+
+
+def test_all_means_every_peer_and_ppf():
+    methods = parse_methods("all")
+    assert set(PEERS) <= {m.name for m in methods} and len(methods) == len(ALL)
+    assert [m.evaluations for m in methods if m.name == "evolution"] == [1500, 5000]
+    assert [m.label for m in methods if m.is_ours] == ["PPF dynamic", "PPF static 150", "PPF static 1,500"]
+    assert parse_methods("all,uniform,evolution:1500") == methods
+    with pytest.raises(InputError):
+        parse_methods("static:0")
+
+
+def test_flaps_biases_are_the_mean_of_what_was_removed(folder):
+    """With the mean of every removed channel given back, a model whose channels are constant loses nothing."""
+    run = Run(folder / "run")
+    ranking = [_rank(run, "flap-wifv", index) for index in range(run.structure.layers)]
+    weights = run.weights.permuted(ranking)
+    policy = Policy([3, 2, 3, 3], [64, 64, 32, 64])
+    biases = _biases(run, weights, ranking, policy)
+    kept = run.weights.layers[2].down[:, ranking[2].ffn[32:]] @ run.moments(2)[1].mean[ranking[2].ffn[32:]]
+    torch.testing.assert_close(biases[run.structure.layers + 2], kept, rtol=1e-4, atol=1e-6)
+    assert not biases[0].any() and biases[1].any()
+    report = run.sequences()
+    with_bias, without = (_log_perplexity(run, weights, policy, report, b) for b in (biases, {}))
+    assert with_bias != without
+    dense = _log_perplexity(run, weights, run.grid.dense(), report, {})
+    assert dense == pytest.approx(run.evaluator().log_perplexity(run.grid.dense()), abs=1e-5)
+
+
+def test_people_get_a_table(folder):
+    out = folder / "out"
+    shown = ppf("compare", folder / "run", "--text", folder / "report.txt", "--ratios", "0.2", "--methods", "uniform",
+                "--device", "cpu", "--output", out)  # fmt: skip
+    assert shown.exit_code == 0 and "uniform" in shown.stdout and "report.txt" in shown.stdout
