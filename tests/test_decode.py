@@ -106,6 +106,27 @@ def test_linear_kernels(tokens, dtype):
 
 
 @on_kernels
+@pytest.mark.parametrize("width", [50, 9000])
+def test_select_kernel(width):
+    """Equal maxima: the first; ended sequences: the padding; ends; the position."""
+    logits = normal(4, width)
+    logits[1, 7] = logits[1, 40] = logits.max() + 1
+    eos = torch.tensor([7, *[-1] * 7], device=DEVICE)
+    finished = torch.tensor([0, 0, 1, 0], dtype=torch.int8, device=DEVICE)
+    token, position = (
+        torch.zeros(4, dtype=torch.int64, device=DEVICE),
+        torch.tensor([5], dtype=torch.int32, device=DEVICE),
+    )
+    decode._select_cuda(logits, eos, torch.tensor(3, device=DEVICE), finished, token, position)
+    best = logits.argmax(-1).tolist()
+    assert token.tolist() == [best[0], 7, 3, best[3]] and finished.tolist() == [best[0] == 7, 1, 1, best[3] == 7]
+    assert position.tolist() == [6]
+    with_reference = [finished.clone().zero_(), token.clone(), position.clone()]
+    decode.select_reference(logits, eos, torch.tensor(3, device=DEVICE), *with_reference)
+    assert with_reference[1].tolist() == best
+
+
+@on_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rotary_kernel(shape, dtype):

@@ -31,6 +31,10 @@ LIBRARY.define("decode_multiply_silu(Tensor gate, Tensor up) -> Tensor")
 LIBRARY.define("decode_add_linear(Tensor x, Tensor weight, Tensor(a!) y) -> ()")
 LIBRARY.define("decode_head(Tensor x, Tensor gain, Tensor weight, Tensor(a!) y, float epsilon) -> ()")
 LIBRARY.define(
+    "decode_select(Tensor logits, Tensor eos, Tensor pad, Tensor(a!) finished, Tensor(b!) token, Tensor(c!) position) "
+    "-> ()"
+)
+LIBRARY.define(
     "decode_rotary(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, Tensor(b!) k_cache, "
     "Tensor(c!) v_cache) -> ()"
 )
@@ -71,6 +75,14 @@ def add_linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
 def head(x: Tensor, gain: Tensor, weight: Tensor, y: Tensor, epsilon: float) -> None:
     """Logits y fp32 [B, V] = RMSNorm(x) [B, H] · weightᵀ."""
     torch.ops.ppf.decode_head(x, gain, weight, y, epsilon)
+
+
+def select(logits: Tensor, eos: Tensor, pad: Tensor, finished: Tensor, token: Tensor, position: Tensor) -> None:
+    """``token`` int64 [B] = argmax of logits fp32 [B, V], or ``pad`` int64 [] where ``finished``; ``position`` += 1.
+
+    ``finished`` int8 [B] becomes 1 where the token is one of ``eos`` int64 [8] (unused places are -1).
+    """
+    torch.ops.ppf.decode_select(logits, eos, pad, finished, token, position)
 
 
 def rotary(
@@ -148,6 +160,14 @@ def head_reference(x: Tensor, gain: Tensor, weight: Tensor, y: Tensor, epsilon: 
     y.copy_(F.linear(_norm(x, gain, epsilon), weight))
 
 
+def select_reference(
+    logits: Tensor, eos: Tensor, pad: Tensor, finished: Tensor, token: Tensor, position: Tensor
+) -> None:
+    token.copy_(torch.where(finished.bool(), pad, logits.argmax(-1)))
+    finished |= (token[:, None] == eos).any(-1)
+    position += 1
+
+
 def multiply_silu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
@@ -222,6 +242,12 @@ def _multiply_silu_cuda(gate: Tensor, up: Tensor) -> Tensor:
     return multiply_silu(gate, up)
 
 
+def _select_cuda(logits: Tensor, eos: Tensor, pad: Tensor, finished: Tensor, token: Tensor, position: Tensor) -> None:
+    from ppf.kernels import decode_select
+
+    decode_select.select(logits, eos, pad, finished, token, position)
+
+
 def _rotary_cuda(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> None:
@@ -256,6 +282,7 @@ _OPS = {
     "decode_gate_up": (gate_up_reference, _gate_up_cuda, _gate_up_fake),
     "decode_add_linear": (add_linear_reference, _add_linear_cuda, _nothing),
     "decode_head": (head_reference, _head_cuda, _nothing),
+    "decode_select": (select_reference, _select_cuda, _nothing),
     "decode_multiply_silu": (multiply_silu_reference, _multiply_silu_cuda, _multiply_silu_fake),
     "decode_rotary": (rotary_reference, _rotary_cuda, _nothing),
 }

@@ -12,6 +12,7 @@ and ``forward()`` refuses one of another policy.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -178,6 +179,10 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
                 "model", asked, "an elastic model cannot be moved or cast", "Give device and dtype to ppf.load"
             )
         return self if "_weights" in self.__dict__ else super()._apply(fn, *args, **kwargs)
+
+
+# generate() looks at what forward() takes.
+ElasticLlamaForCausalLM.forward.__signature__ = inspect.signature(PPFLlamaForCausalLM.forward)
 
 
 def _slots(layer: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:

@@ -65,11 +65,11 @@ def run(session: Session, request: Request) -> Tensor:
     watch = _Watch(batch, ids.device) if watched else None
     prefill(session, request.ids)
     while True:
-        token, done = choose(ids, length)
+        token, finished = choose(ids, length)
         ids[:, length] = token
         length += 1
         if watch is not None:
-            watch.note(done, token)
+            watch.note(finished, token)
         at_limit = length == request.limit
         if not at_limit:
             session.advance()
@@ -82,12 +82,13 @@ def run(session: Session, request: Request) -> Tensor:
 
 
 def _greedy(session: Session) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    return lambda ids, length: (session.token, session.done)
+    return lambda ids, length: (session.token, session.finished)
 
 
 def _chooser(session: Session, request: Request) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """transformers' own processors, sampling and criteria on the session's logits."""
     unfinished = torch.ones(len(request.ids), dtype=torch.int64, device=request.ids.device)
+    finished = session.finished
     has_eos, pad = bool(request.eos), request.pad
 
     def choose(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -101,22 +102,23 @@ def _chooser(session: Session, request: Request) -> Callable[[Tensor, int], tupl
         session.token.copy_(token)
         following = torch.cat((ids[:, :length], token[:, None]), 1)
         unfinished.mul_(~request.criteria(following, None))
-        return token, unfinished.max() == 0
+        finished.copy_(1 - unfinished)
+        return token, finished
 
     return choose
 
 
 class _Watch:
-    """The newest token and whether all sequences have ended, brought to the host behind the device's back."""
+    """The newest token and which sequences have ended, brought to the host behind the device's back."""
 
     def __init__(self, batch: int, device: torch.device):
         pinned = device.type == "cuda"
-        self._done = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        self._finished = torch.zeros(batch, dtype=torch.int8, pin_memory=pinned)
         self._token = torch.zeros(batch, dtype=torch.int64, pin_memory=pinned)
         self._copied = torch.cuda.Event() if pinned else None
 
-    def note(self, done: Tensor, token: Tensor) -> None:
-        self._done.copy_(done, non_blocking=True)
+    def note(self, finished: Tensor, token: Tensor) -> None:
+        self._finished.copy_(finished, non_blocking=True)
         self._token.copy_(token, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -127,4 +129,4 @@ class _Watch:
             self._copied.synchronize()
         if streamer is not None:
             streamer.put(self._token.clone())
-        return bool(self._done)
+        return bool(self._finished.all())

@@ -30,8 +30,7 @@ class Session:
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.start = torch.zeros(batch, dtype=torch.int32, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.done = torch.zeros((), dtype=torch.bool, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.int8, device=device)
         self.eos = torch.full((MAX_EOS,), -1, dtype=torch.int64, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.logits = torch.zeros(batch, len(plan.head), dtype=torch.float32, device=device)
@@ -43,7 +42,6 @@ class Session:
         """Begin a new batch of prompts; ``start`` int32 [B] is the padding of each on its left."""
         self.start.copy_(start)
         self.finished.zero_()
-        self.done.zero_()
         self.eos.copy_(torch.tensor((eos + [-1] * MAX_EOS)[:MAX_EOS]))
         self.pad.fill_(pad)
 
@@ -63,11 +61,7 @@ class Session:
     def head(self, hidden: Tensor) -> None:
         """Logits of hidden [B, H], and the likeliest token of each sequence (``pad`` after its end)."""
         decode.head(hidden, self.plan.norm, self.plan.head, self.logits, self.plan.epsilon)
-        token = torch.where(self.finished, self.pad, self.logits.argmax(-1))
-        self.finished |= (token[:, None] == self.eos).any(-1)
-        self.done.copy_(self.finished.all())
-        self.token.copy_(token)
-        self.position += 1
+        decode.select(self.logits, self.eos, self.pad, self.finished, self.token, self.position)
 
     def step(self) -> None:
         """Feed ``token`` at ``position``; afterwards ``logits`` and the next ``token`` are there."""
