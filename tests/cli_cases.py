@@ -25,8 +25,9 @@ from factories import quick_learning
 from ppf.cli import main
 from ppf.evaluation import Evaluator
 quick_learning(pytest.MonkeyPatch())
-measure = Evaluator.log_perplexity
-Evaluator.log_perplexity = lambda self, policy: (time.sleep(0.1), measure(self, policy))[1]
+measure = Evaluator.log_perplexities
+Evaluator.chunk = 1
+Evaluator.log_perplexities = lambda self, policies, tokens=None: (time.sleep(0.1), measure(self, policies, tokens))[1]
 main()
 """
 
