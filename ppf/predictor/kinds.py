@@ -5,10 +5,12 @@ from __future__ import annotations
 from ..errors import InputError
 from ..grid import Grid
 from .base import Predictor
+from .cnn import CNN
+from .gaussian import GaussianProcess
 from .mlp import MLP
 
-KINDS: dict[str, type[Predictor]] = {kind.kind: kind for kind in (MLP,)}
-DEFAULT = MLP.kind
+KINDS: dict[str, type[Predictor]] = {kind.kind: kind for kind in (GaussianProcess, MLP, CNN)}
+DEFAULT = GaussianProcess.kind
 
 
 def predictor_named(kind: str) -> type[Predictor]:
