@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from factories import TINY, llama, llama_config, one_thread
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -63,7 +63,7 @@ def prune_to(output: Path, policy: Policy, model: Path = TINY, text: Path = SAMP
 def policy_with_zeros(model: Path, ratio: float) -> Policy:
     """A random policy of ``ratio`` that removes an attention and an FFN altogether."""
     grid, generator = Grid(DecoderWeights.from_model(load_dense(model)).structure, 64), torch.Generator().manual_seed(0)
-    drawn = grid.decode(random_levels(grid, torch.full((64,), ratio), generator))
+    drawn = grid.decode(random_levels(grid, torch.full((512,), ratio), generator))
     return next(policy for policy in drawn if 0 in policy.attention and 0 in policy.ffn)
 
 
@@ -91,10 +91,16 @@ def bpe_tokenizer(pre_tokenizer: dict | None = None, **model) -> PreTrainedToken
     return _adapted(tokenizer, pre_tokenizer, model)
 
 
-def sentencepiece_tokenizer(size: int = 480) -> PreTrainedTokenizerFast:
-    """BPE with byte fallback as transformers writes SentencePiece's: all pairs that join to a piece are merges."""
+def sentencepiece_tokenizer(metaspace: bool = False, size: int = 480) -> PreTrainedTokenizerFast:
+    """BPE with byte fallback as transformers writes SentencePiece's: all pairs that join to a piece are merges.
+
+    Spaces are written by normalisers, as in Llama 2's own tokenizer.json, or by the Metaspace pre-tokeniser.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     # Trained on words: SentencePiece's pieces do not cross them either.
@@ -148,8 +154,10 @@ def transformers_greedy(checkpoint: Path, ids: list[int], new: int = 64) -> list
     """The next ``new`` tokens, always the likeliest; the end token does not stop it."""
     with one_thread():
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        model.generation_config.eos_token_id = None
         prompt = torch.tensor([ids])
-        out = model.generate(prompt, do_sample=False, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
+        # Without a mask, generate() would take a begin token of id 0 for padding.
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new)
     return out[0, len(ids) :].tolist()
 
 

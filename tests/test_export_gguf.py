@@ -187,8 +187,9 @@ def test_begin_token_is_added_if_the_tokenizer_adds_it(pruned, tmp_path):
     assert fields["tokenizer.ggml.add_bos_token"] and not fields["tokenizer.ggml.add_eos_token"]
 
 
-def test_sentencepiece(tmp_path):
-    tokenizer = sentencepiece_tokenizer()
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_sentencepiece(metaspace, tmp_path):
+    tokenizer = sentencepiece_tokenizer(metaspace)
     source = write_random(tmp_path / "in", tokenizer=tokenizer, vocab_size=480)
     fields = written(source, tmp_path / "out").fields
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"]

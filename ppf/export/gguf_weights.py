@@ -1,8 +1,8 @@
 """A Llama's weights as llama.cpp wants them: which architecture, which widths, which rows in which order.
 
-llama.cpp's ``deci`` graph would make a wrong model of some policies: it skips a layer whose FFN width is 0 together
-with its attention; it does not pick the rows to output if the last layer has no FFN; and it takes the head size from
-layer 0. The first two are met by an FFN of width 32 that is all zeros, the third by refusing.
+llama.cpp's ``deci`` graph cannot run some policies as they are: it silently skips a layer whose FFN width is 0 together
+with its attention; it aborts in generation if the last layer has no FFN; and it takes the head size from layer 0. The
+first two are met by an FFN of width 32 that is all zeros, the third by refusing.
 """
 
 from __future__ import annotations
