@@ -1,7 +1,7 @@
 """The documentation: every command on every page is run or at least understood, and links lead somewhere.
 
 A fenced block marked ``sh`` (or unmarked, starting with a command) is run line by line on the bundled model, with the
-smaller settings of ``QUICK``, in a folder that holds MODEL, calibration.txt and test.txt; ``python`` blocks are executed
+smaller settings of ``QUICK``, in a folder that holds MODEL, calibration.txt and test.txt; ``python`` blocks are run
 there. Words after the language: ``gpu`` or ``7b`` (parsed, not run), ``install`` (checked against the build files), a
 file name (the block becomes that file).
 """
@@ -38,6 +38,7 @@ QUICK = {
     "recover": "--device cpu --tokens 1024 --sequence-length 64 --batch-tokens 512",
     "compare": "--device cpu --methods uniform,flap --ratios 0.3 --tokens 1024",
     "prune": "--device cpu",
+    "bench": "--device cpu --prompt 8 --new-tokens 3 --prefill 16 --runners ppf",
 }
 # With --search N: fewer.
 QUICK_SEARCH = "--search 2"
@@ -63,7 +64,8 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        return not set(self.words) & MARKS
+        """Not if it is marked, or names CUDA itself."""
+        return not set(self.words) & MARKS and not re.search(r"[\"' =]cuda\b", self.text)
 
     def commands(self) -> list[list[str]]:
         """The words of every line, without comments; a backslash joins lines."""
