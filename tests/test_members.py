@@ -20,11 +20,11 @@ def table(*values):
 
 
 def project_case(dtype, heads=2, d=16, groups=3):
-    x, norm = draw(2, TOKENS, HIDDEN, dtype=dtype), 1 + draw(HIDDEN, dtype=dtype, scale=0.2)
+    x, norm = draw(4, TOKENS, HIDDEN, dtype=dtype), 1 + draw(HIDDEN, dtype=dtype, scale=0.2)
     weight = draw(groups * (heads + 2) * d, HIDDEN, dtype=dtype, scale=HIDDEN**-0.5)
     angle = torch.arange(LENGTH)[:, None] * 0.3 ** torch.arange(d // 2)
     cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
-    return x, norm, weight, cos, sin, table(1, 0, 0, 1), table(3, 0, 1, 2), LENGTH, (heads + 2) * d, 1e-5
+    return x, norm, weight, cos, sin, table(3, 0, 1, 2), LENGTH, (heads + 2) * d, 1e-5
 
 
 def attention_case(dtype, heads=2, d=16, groups=3):
@@ -34,12 +34,12 @@ def attention_case(dtype, heads=2, d=16, groups=3):
 
 def mix_case(dtype, unit=32, groups=3, multiple=24):
     levels = CHANNELS // multiple + 1
-    x, inner = draw(2, TOKENS, HIDDEN, dtype=dtype), draw(3, TOKENS, unit * groups, dtype=dtype)
+    x, inner = draw(2, TOKENS, HIDDEN, dtype=dtype), draw(2, TOKENS, unit * groups, dtype=dtype)
     o = draw(groups + 1, HIDDEN, unit * groups, dtype=dtype, scale=0.1)
     down = draw(levels, HIDDEN, CHANNELS, dtype=dtype, scale=0.1)
     gate_up = draw(2 * CHANNELS, HIDDEN, dtype=dtype, scale=HIDDEN**-0.5)
     norm = 1 + draw(HIDDEN, dtype=dtype, scale=0.2)
-    tables = table(0, 1, 1, 0, 0), table(2, 0, 1, 1, 0), table(3, 0, 1, 2, 0), table(4, 1, 0, 3, 0)
+    tables = table(0, 1, 1, 0, 0), table(3, 0, 1, 2, 0), table(4, 1, 0, 3, 0)
     return x, inner, o, norm, gate_up, down, *tables, unit, multiple, 1e-5
 
 
@@ -65,7 +65,7 @@ def kept(name, arguments, value):
     """Of q, k, v and the attention's output, what is defined: zero past the width, as the references have it."""
     if name not in ("project", "attention"):
         return value
-    level = arguments[6] if name == "project" else arguments[1]
+    level = arguments[5] if name == "project" else arguments[1]
     groups = 3
     unit = value.shape[2] // groups
     column = torch.arange(value.shape[2], device=value.device)

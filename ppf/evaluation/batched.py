@@ -23,7 +23,7 @@ from .plan import executed, order, shared
 
 # Tokens of all members of a chunk: work for a GPU to be busy for some milliseconds, in about 1.5 GB.
 CHUNK_TOKENS = 1 << 19
-_MEMBERS = 64
+_MEMBERS = 256
 _DENSE_BYTES = 2 << 30
 # What a program of the widest kernel keeps in shared memory.
 _SHARED_BYTES = 200 * 1024
@@ -52,10 +52,10 @@ class PreparedLayer:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the members of one layer are: int32 [attention members] and [members after the layer] on the device."""
+    """The members of one layer, int32 on the device."""
 
-    attention: tuple[Tensor, ...]  # origin, kv-groups
-    ffn: tuple[Tensor, ...]  # origin, origin of the attention's output, kv-groups, FFN level
+    widest: Tensor  # of every member before the layer: the most kv-groups that a policy goes on with
+    after: tuple[Tensor, ...]  # of every member after it: the member it continues, its kv-groups, its FFN level
 
 
 class Batched:
@@ -97,12 +97,11 @@ class Batched:
         s, epsilon = self.grid.structure, self.weights.epsilon
         rows = s.group_rows + 2 * s.head_dim
         qkv = torch.ops.ppf.members_project(
-            x, layer.attention_norm, layer.qkv, self.cos, self.sin, *tables.attention, self.length, rows, epsilon
+            x, layer.attention_norm, layer.qkv, self.cos, self.sin, tables.widest, self.length, rows, epsilon
         )
-        level = tables.attention[1]
-        inner = torch.ops.ppf.members_attention(qkv, level, self.length, s.heads_per_group, s.head_dim)
+        inner = torch.ops.ppf.members_attention(qkv, tables.widest, self.length, s.heads_per_group, s.head_dim)
         return torch.ops.ppf.members_mix(
-            x, inner, layer.o, layer.ffn_norm, layer.gate_up, layer.down, *tables.ffn, s.group_rows,
+            x, inner, layer.o, layer.ffn_norm, layer.gate_up, layer.down, *tables.after, s.group_rows,
             self.grid.ffn_multiple, epsilon,
         )  # fmt: skip
 
@@ -140,19 +139,18 @@ def _tables(levels: list[Sequence[int]], first: int, device: torch.device) -> tu
     state = [0] * len(levels)  # of every policy: its member before the layer
     rows: list[list[int]] = []
     for layer in range(first, len(levels[0]) // 2):
-        attention: dict[tuple[int, int], int] = {}
+        widest = [0] * (max(state) + 1)
         after: dict[tuple[int, int, int], int] = {}
         for policy, row in enumerate(levels):
-            a, f = row[2 * layer], row[2 * layer + 1]
-            attended = attention.setdefault((state[policy], a), len(attention))
-            state[policy] = after.setdefault((state[policy], attended, f, a), len(after))
-        rows += [list(column) for column in zip(*attention, strict=True)]
-        rows += [[key[at] for key in after] for at in (0, 1, 3, 2)]
+            key = state[policy], row[2 * layer], row[2 * layer + 1]
+            widest[key[0]] = max(widest[key[0]], key[1])
+            state[policy] = after.setdefault(key, len(after))
+        rows += [widest, *([key[at] for key in after] for at in range(3))]
     # Every row starts at a multiple of 16 bytes: kernels are compiled anew for pointers of another alignment.
     padded = [row + [0] * (_MEMBERS - len(row)) for row in rows]
     packed = _to_device([value for row in padded for value in row], torch.int32, device).view(-1, _MEMBERS)
     views = [row[: len(values)] for row, values in zip(packed, rows, strict=True)]
-    tables = [_Tables(tuple(views[at : at + 2]), tuple(views[at + 2 : at + 6])) for at in range(0, len(views), 6)]
+    tables = [_Tables(views[at], tuple(views[at + 1 : at + 4])) for at in range(0, len(views), 4)]
     return tables, _to_device(state, torch.int64, device)
 
 

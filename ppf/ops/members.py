@@ -13,13 +13,13 @@ from torch import Tensor
 from .library import LIBRARY
 
 LIBRARY.define(
-    "members_project(Tensor x, Tensor norm, Tensor weight, Tensor cos, Tensor sin, Tensor source, Tensor level, "
+    "members_project(Tensor x, Tensor norm, Tensor weight, Tensor cos, Tensor sin, Tensor level, "
     "int length, int group_rows, float epsilon) -> Tensor"
 )
 LIBRARY.define("members_attention(Tensor qkv, Tensor level, int length, int heads, int head_dim) -> Tensor")
 LIBRARY.define(
     "members_mix(Tensor x, Tensor inner, Tensor o, Tensor norm, Tensor gate_up, Tensor down, Tensor source, "
-    "Tensor source_inner, Tensor level_attention, Tensor level_ffn, int unit, int multiple, float epsilon) -> Tensor"
+    "Tensor level_attention, Tensor level_ffn, int unit, int multiple, float epsilon) -> Tensor"
 )
 LIBRARY.define(
     "members_losses(Tensor x, Tensor norm, Tensor head, Tensor targets, int length, float epsilon) -> Tensor"
@@ -37,15 +37,15 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def project_reference(
-    x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, source: Tensor, level: Tensor, length: int,
-    group_rows: int, epsilon: float,
+    x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, level: Tensor, length: int, group_rows: int,
+    epsilon: float,
 ) -> Tensor:  # fmt: skip
-    """x [·, N, H]; weight [G·(g+2)·d, H], q and k rows interleaved; cos, sin [length, d/2] -> [D, N, G·(g+2)·d]."""
+    """x [D, N, H]; weight [G·(g+2)·d, H], q and k rows interleaved; cos, sin [length, d/2] -> [D, N, G·(g+2)·d]."""
     y = x.new_zeros(len(level), x.shape[1], len(weight))
     d = 2 * cos.shape[1]
-    for member, (origin, groups) in enumerate(zip(source.tolist(), level.tolist(), strict=True)):
+    for member, groups in enumerate(level.tolist()):
         kept = groups * group_rows
-        normed = F.rms_norm(x[origin], norm.shape, norm, epsilon)
+        normed = F.rms_norm(x[member], norm.shape, norm, epsilon)
         out = F.linear(normed, weight[:kept]).view(len(y[0]) // length, length, groups, group_rows)
         turned = out[..., : group_rows - d].unflatten(-1, (-1, d // 2, 2))
         c, s = cos[:, None, None, :], sin[:, None, None, :]
@@ -69,13 +69,16 @@ def attention_reference(qkv: Tensor, level: Tensor, length: int, heads: int, hea
 
 def mix_reference(
     x: Tensor, inner: Tensor, o: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, source: Tensor,
-    source_inner: Tensor, level_attention: Tensor, level_ffn: Tensor, unit: int, multiple: int, epsilon: float,
+    level_attention: Tensor, level_ffn: Tensor, unit: int, multiple: int, epsilon: float,
 ) -> Tensor:  # fmt: skip
-    """o [levels, H, G·g·d] and down [levels, H, C] give every level's weight -> the layer's output [D, N, H]."""
+    """x [E, N, H] and inner [E, N, G·g·d] -> the layer's output [D, N, H].
+
+    o [levels, H, G·g·d] and down [levels, H, C] give every level's weight.
+    """
     y = x.new_empty(len(level_ffn), *x.shape[1:])
-    tables = (t.tolist() for t in (source, source_inner, level_attention, level_ffn))
-    for member, (origin, attended, a, f) in enumerate(zip(*tables, strict=True)):
-        residual = x[origin] + F.linear(inner[attended, :, : a * unit], o[a][:, : a * unit])
+    tables = (t.tolist() for t in (source, level_attention, level_ffn))
+    for member, (origin, a, f) in enumerate(zip(*tables, strict=True)):
+        residual = x[origin] + F.linear(inner[origin, :, : a * unit], o[a][:, : a * unit])
         normed = F.rms_norm(residual, norm.shape, norm, epsilon)
         gate, up = F.linear(normed, gate_up[: 2 * f * multiple]).unflatten(-1, (-1, 2)).unbind(-1)
         y[member] = residual + F.linear(F.silu(gate) * up, down[f][:, : f * multiple])
@@ -99,7 +102,7 @@ def _kernel(name: str):
     return call
 
 
-def _fake_project(x, norm, weight, cos, sin, source, level, length, group_rows, epsilon):
+def _fake_project(x, norm, weight, cos, sin, level, length, group_rows, epsilon):
     return x.new_empty(len(level), x.shape[1], len(weight))
 
 
@@ -107,7 +110,7 @@ def _fake_attention(qkv, level, length, heads, head_dim):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // (heads + 2) * heads)
 
 
-def _fake_mix(x, inner, o, norm, gate_up, down, source, source_inner, level_attention, level_ffn, *_):
+def _fake_mix(x, inner, o, norm, gate_up, down, source, level_attention, level_ffn, *_):
     return x.new_empty(len(level_ffn), *x.shape[1:])
 
 
