@@ -3,10 +3,11 @@
 A step of a layer is five launches: norm + q, k, v + rotary embedding (``decode_qkv.py``), attention
 (``decode_attention.py``), o + residual, norm + gate, up and silu, down + residual; the last three are ``linear`` here.
 
-The norm costs no launch: x·gain is contracted as it is read, its squares are summed on the way, and the sum's inverse
-root scales the result, since it is one factor per token. Every program is resident at once and owns whole weight rows,
-so nothing is split and the same input gives the same bits. With PDL (programmatic dependent launch) a kernel starts
-while the one before drains, asks the L2 cache for its first weights, and only then waits for its input.
+For one token the norm costs no launch: x·gain is contracted as it is read, its squares are summed on the way, and the
+sum's inverse root scales the result. For more tokens it is a small kernel before the product (inside, the matrix units
+would wait for it: 83 instead of 38 us at 16 tokens). Every program is resident at once and owns whole weight rows, so
+nothing is split and the same input gives the same bits. With PDL (programmatic dependent launch) a kernel starts while
+the one before drains, asks the L2 cache for its first weights, and only then waits for its input.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .tile import precision, silu_mul
 
 MAX_TOKENS = 64
-# Above this many tokens the norm is a kernel of its own: its squares would not fit in registers beside the products.
-FUSED_NORM_TOKENS = 16
 Config = dict[str, int]
 
 
@@ -55,13 +54,13 @@ def contract(
 ):  # fmt: skip
     """Products of the weight rows at ``row0``, ``row1`` [BN, 1] (pointers) with the tokens: two fp32 [BN, T].
 
-    NORM contracts x·gain / rms(x) instead of x. The second product is computed only if PAIR.
+    NORM (one token only) contracts x·gain / rms(x) instead of x. The second product is computed only if PAIR.
     """
     token = tl.arange(0, T)
     lane = tl.arange(0, BK)
     acc0 = tl.zeros([BN, BK], tl.float32) if T == 1 else tl.zeros([BN, T], tl.float32)
     acc1 = acc0
-    squares = tl.zeros([BK], tl.float32) if T == 1 else tl.zeros([BK, T], tl.float32)
+    squares = tl.zeros([BK], tl.float32)
     for start in tl.range(0, depth, BK, num_stages=STAGES):
         k = start + lane
         inside = k < depth
@@ -79,11 +78,6 @@ def contract(
         else:
             wanted = (token < tokens)[None, :] & inside[:, None]
             many = tl.load(x + token[None, :] * stride_x + k[:, None], mask=wanted, other=0.0)
-            if NORM:
-                wide = many.to(tl.float32)
-                squares += wide * wide
-                wide *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)[:, None]
-                many = wide.to(many.dtype)
             acc0 = tl.dot(tile0, many, acc0, input_precision=PRECISION)
             if PAIR:
                 acc1 = tl.dot(tile1, many, acc1, input_precision=PRECISION)
@@ -93,8 +87,6 @@ def contract(
             acc1 = tl.sum(acc1, 1)[:, None]
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / depth + epsilon)
-        if T != 1:
-            scale = scale[None, :]
         acc0 *= scale
         if PAIR:
             acc1 *= scale
@@ -127,23 +119,45 @@ def linear_kernel(
     tl.store(at, acc0.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def norm_kernel(x, gain, y, depth, stride_x, stride_y, epsilon, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    """One token: y = x·gain / rms(x)."""
+    if PDL:
+        gdc_launch_dependents()
+    k = tl.arange(0, BLOCK)
+    inside = k < depth
+    scale = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    value = tl.load(x + tl.program_id(0) * stride_x + k, mask=inside, other=0.0).to(tl.float32)
+    scale *= tl.rsqrt(tl.sum(value * value, 0) / depth + epsilon)
+    tl.store(y + tl.program_id(0) * stride_y + k, (value * scale).to(y.dtype.element_ty), mask=inside)
+
+
+def norm(x: Tensor, gain: Tensor, epsilon: float, pdl: bool = False) -> Tensor:
+    """x·gain / rms(x) of x [t, K], gain [K]."""
+    y = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    norm_kernel[len(x),](
+        x, gain, y, x.shape[1], x.stride(0), y.stride(0), epsilon, PDL=pdl, BLOCK=block, num_warps=8,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return y
+
+
 def padded(tokens: int) -> int:
     """Width of the token tile: 1, or a power of two from 16 to 64, as the matrix units want it."""
     return 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
 
 
 def linear_config(tokens: int, width: int, depth: int, pair: bool) -> Config:
-    """Tile of one program; measured on an H200 (dev/LOG.md)."""
+    """Tile of one program; measured on an H100 (dev/LOG.md)."""
     t = padded(tokens)
     if t == 1:
-        if pair:
-            return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4, "LINES": 8}
-        return {"T": 1, "BN": 8, "BK": 512, "STAGES": 4, "num_warps": 4, "LINES": 8}
-    if pair:
-        return {"T": t, "BN": 64, "BK": 128, "STAGES": 4, "num_warps": 4, "LINES": 0}
-    if width >= 16384:
-        return {"T": t, "BN": 64, "BK": 128, "STAGES": 6 if t < 64 else 5, "num_warps": 4, "LINES": 0}
-    return {"T": t, "BN": 32, "BK": 256, "STAGES": 4 if t < 64 else 3, "num_warps": 4, "LINES": 0}
+        if not pair and width <= 4096 and 4096 < depth <= 8192:
+            return {"T": 1, "BN": 16, "BK": 512, "STAGES": 3, "num_warps": 8, "LINES": 8}
+        return {"T": 1, "BN": 4, "BK": 1024, "STAGES": 3, "num_warps": 4, "LINES": 8}
+    return {"T": t, "BN": 64, "BK": 128, "STAGES": 4 if pair else 6, "num_warps": 4, "LINES": 8}
 
 
 def linear(
@@ -152,7 +166,7 @@ def linear(
 ) -> None:  # fmt: skip
     """y [t, width] = (or, ``add``, +=) x [t, K] · weightᵀ; of two weights (gate, up): silu(gate)·up.
 
-    ``gain`` [K]: x is normalised to x·gain/rms(x) first. 1 <= t <= 64; all last strides are 1; width and K >= 1.
+    ``gain`` [K], for one token only: x is normalised to x·gain/rms(x) first. 1 <= t <= 64; last strides are 1.
     """
     tokens, depth = x.shape
     width = weights[0].shape[0]
@@ -166,13 +180,14 @@ def linear(
 
 
 def launch(config: Config, pdl: bool, depth: int, x: Tensor) -> dict[str, int | bool]:
-    """Launch arguments of a tile; never more lines ahead than a weight row has."""
+    """Launch arguments of a tile: no more lines ahead than a weight row has, half the pipeline for fp32."""
     lines = min(config.get("LINES", 0), depth * x.element_size() // 128)
     lines = 1 << (lines.bit_length() - 1) if pdl and lines else 0
-    chosen = {**config, "LINES": lines}
+    stages = config["STAGES"] if x.element_size() == 2 else max(2, config["STAGES"] // 2)
+    chosen = {**config, "LINES": lines, "STAGES": stages}
     return {**chosen, "launch_pdl": True} if pdl else chosen
 
 
-def pdl_available(device: torch.device) -> bool:
-    """Hopper and later can start a kernel while the one before it drains."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def pdl_available(device: torch.device, tokens: int) -> bool:
+    """Hopper and later can start a kernel while the one before it drains; it pays for one token (dev/LOG.md)."""
+    return tokens == 1 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

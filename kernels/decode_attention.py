@@ -109,9 +109,9 @@ def _merge(partial, statistics, place, row, channel, SPLITS: tl.constexpr, ROWS:
 
 
 def splits(tokens: int, groups: int, positions: int, device: torch.device) -> int:
-    """Shares that fill the multiprocessors twice, each of at least 32 of ``positions``; a power of two up to 32."""
+    """Shares that fill the multiprocessors twice, each of at least 256 of ``positions``; a power of two up to 32."""
     wanted = 2 * multiprocessors(device) // (tokens * groups)
-    wanted = max(1, min(32, wanted, triton.cdiv(positions, 32)))
+    wanted = max(1, min(32, wanted, positions // 256))
     return 1 << (wanted.bit_length() - 1)
 
 
@@ -126,9 +126,11 @@ def workspace(tokens: int, groups: int, group: int, head_dim: int, shares: int, 
     ]
 
 
-def attention_config() -> Config:
-    """Tile of one program."""
-    return {"BS": 32, "STAGES": 3, "num_warps": 4}
+def attention_config(shares: int, head_dim: int) -> Config:
+    """Tile of one program: few large steps where the sequence is short, a deeper pipeline where it is long."""
+    if shares <= 2 and head_dim <= 128:
+        return {"BS": 128, "STAGES": 2, "num_warps": 4}
+    return {"BS": 64, "STAGES": 3, "num_warps": 4}
 
 
 def attention(
@@ -138,7 +140,7 @@ def attention(
     """See :func:`ppf.ops.decode.attention`. ``space`` as :func:`workspace` makes it, for the same ``shares``."""
     tokens, groups, _, head_dim = k_cache.shape
     group = q.shape[1] // (groups * head_dim)
-    c = dict(config or attention_config())
+    c = dict(config or attention_config(shares, head_dim))
     attention_kernel[shares, groups, tokens](
         q, k_cache, v_cache, start, position, y, *space, q.stride(0), y.stride(0), *k_cache.stride()[:3], scale,
         GROUP=group, D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)),

@@ -67,12 +67,16 @@ def qkv_kernel(
     tl.store(v_cache + at + HALF, out1, mask=is_v)
 
 
-def qkv_config(tokens: int) -> Config:
-    """Tile of one program; BN counts pairs."""
+def qkv_config(tokens: int, pairs: int) -> Config:
+    """Tile of one program for ``pairs`` pairs of rows in all; BN counts pairs. Measured on an H100 (dev/LOG.md)."""
     t = padded(tokens)
     if t == 1:
+        if pairs >= 6144:
+            return {"T": 1, "BN": 8, "BK": 256, "STAGES": 4, "num_warps": 2, "LINES": 8}
         return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4, "LINES": 8}
-    return {"T": t, "BN": 16, "BK": 256, "STAGES": 4 if t < 64 else 3, "num_warps": 4, "LINES": 0}
+    if t == 16 and pairs >= 6144:
+        return {"T": t, "BN": 16, "BK": 256, "STAGES": 4, "num_warps": 4, "LINES": 8}
+    return {"T": t, "BN": 64, "BK": 128, "STAGES": 4, "num_warps": 4, "LINES": 8}
 
 
 def qkv(
@@ -80,11 +84,11 @@ def qkv(
     position: Tensor, y: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float, pdl: bool = False,
     config: Config | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`ppf.ops.decode.qkv`. The three weights share one row pitch; x is normalised already without gain."""
+    """See :func:`ppf.ops.decode.qkv`. The weights share one row pitch; without gain, x is normalised already."""
     tokens, depth = x.shape
     half = cos.shape[1]
-    c = dict(config or qkv_config(tokens))
     q_pairs, kv_pairs = q.shape[0] // 2, k.shape[0] // 2
+    c = dict(config or qkv_config(tokens, q_pairs + 2 * kv_pairs))
     tiles = triton.cdiv(q_pairs, c["BN"]) + 2 * triton.cdiv(kv_pairs, c["BN"])
     offsets = [(w.data_ptr() - q.data_ptr()) // q.element_size() for w in (k, v)]
     qkv_kernel[tiles,](

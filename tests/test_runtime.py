@@ -216,6 +216,30 @@ def test_too_many_sequences(served):
     assert torch.equal(got, wanted) and not served
 
 
+def test_copies_have_a_runtime_of_their_own(served):
+    """Also after the original has generated: graphs and locks are not copied, and the copy follows its own weights."""
+    model, inputs = dense(), prompts(5)
+    before = model.generate(**inputs, max_new_tokens=8, **GREEDY)
+    twin = copy.deepcopy(model)
+    twin.lm_head.weight.data.neg_()
+    changed = twin.generate(**inputs, max_new_tokens=8, **GREEDY)
+    assert torch.equal(changed, GenerationMixin.generate(twin, **inputs, max_new_tokens=8, **GREEDY))
+    assert not torch.equal(changed, before) and len(served) == 2
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, **GREEDY), before)
+
+
+def test_prompts_of_one_length_again_and_again(served):
+    """On a GPU the second records a graph and the third replays it; padded ones have their own."""
+    model = dense()
+    for _ in range(4):
+        for lengths in ((6, 6), (6, 2), (4, 6)):
+            inputs = prompts(*lengths)
+            inputs["input_ids"] = (inputs["input_ids"] + len(served)) % 256 * inputs["attention_mask"]
+            got, wanted = both(model, **inputs, max_new_tokens=6, **GREEDY)
+            assert torch.equal(got, wanted)
+    assert len(served) == 12
+
+
 def test_hooks_and_adapters_are_not_bypassed(served):
     model, inputs = dense(), prompts(4)
     first = model.generate(**inputs, max_new_tokens=8, **GREEDY)
@@ -277,7 +301,7 @@ def test_logits_are_as_exact_as_the_plain_path_s(make, dtype):
     )
     session = state.engine.session(state.plan, 2, 80)
     session.reset((~inputs["attention_mask"].bool()).sum(1, dtype=torch.int32), [], 0)
-    loop.prefill(session, inputs["input_ids"])
+    loop.prefill(session, inputs["input_ids"], True)
     got = [session.logits.double().clone()]
     for at in range(40, 72):
         session.token.copy_(ids[:, at])

@@ -15,8 +15,6 @@ from torch import Tensor
 from .library import LIBRARY
 
 MAX_TOKENS = 64
-# As kernels/decode.py says; the norm is a kernel of its own above.
-_FUSED_NORM_TOKENS = 16
 
 LIBRARY.define(
     "decode_qkv(Tensor x, Tensor gain, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor start, "
@@ -184,20 +182,22 @@ def rotary_reference(
     v_cache[:, :, :length] = v.reshape(batch, length, groups, d).transpose(1, 2)
 
 
-def _normed(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None]:
-    """What a kernel takes: x and the gain, or x normalised already and none."""
-    return (x, gain) if len(x) <= _FUSED_NORM_TOKENS else (_norm(x, gain, epsilon), None)
+def _normed(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None, bool]:
+    """What a kernel takes: x and the gain for one token, else x normalised already and none; and whether with PDL."""
+    from ppf.kernels import decode
+
+    pdl = decode.pdl_available(x.device, len(x))
+    return (x, gain, pdl) if len(x) == 1 else (decode.norm(x, gain, epsilon, pdl), None, pdl)
 
 
 def _qkv_cuda(
     x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
     position: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float,
 ) -> Tensor:  # fmt: skip
-    from ppf.kernels import decode, decode_qkv
+    from ppf.kernels import decode_qkv
 
     y = x.new_empty(len(x), len(q))
-    n, gain = _normed(x, gain, epsilon)
-    pdl = decode.pdl_available(x.device)
+    n, gain, pdl = _normed(x, gain, epsilon)
     decode_qkv.qkv(n, gain, q, k, v, cos, sin, start, position, y, k_cache, v_cache, epsilon, pdl)
     return y
 
@@ -209,7 +209,7 @@ def _attention_cuda(
     from ppf.kernels import decode, decode_attention
 
     y, space = torch.empty_like(q), [partial, statistics, arrived]
-    pdl = decode.pdl_available(q.device)
+    pdl = decode.pdl_available(q.device, len(q))
     decode_attention.attention(q, k_cache, v_cache, start, position, y, space, scale, shares, pdl)
     return y
 
@@ -218,22 +218,22 @@ def _gate_up_cuda(x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, epsilon: fl
     from ppf.kernels import decode
 
     y = x.new_empty(len(x), len(gate))
-    n, gain = _normed(x, gain, epsilon)
-    decode.linear(n, (gate, up), y, gain, epsilon, pdl=decode.pdl_available(x.device))
+    n, gain, pdl = _normed(x, gain, epsilon)
+    decode.linear(n, (gate, up), y, gain, epsilon, pdl=pdl)
     return y
 
 
 def _add_linear_cuda(x: Tensor, weight: Tensor, y: Tensor) -> None:
     from ppf.kernels import decode
 
-    decode.linear(x, (weight,), y, add=True, pdl=decode.pdl_available(x.device))
+    decode.linear(x, (weight,), y, add=True, pdl=decode.pdl_available(x.device, len(x)))
 
 
 def _head_cuda(x: Tensor, gain: Tensor, weight: Tensor, y: Tensor, epsilon: float) -> None:
     from ppf.kernels import decode
 
-    n, gain = _normed(x, gain, epsilon)
-    decode.linear(n, (weight,), y, gain, epsilon, pdl=decode.pdl_available(x.device))
+    n, gain, pdl = _normed(x, gain, epsilon)
+    decode.linear(n, (weight,), y, gain, epsilon, pdl=pdl)
 
 
 def _multiply_silu_cuda(gate: Tensor, up: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class _Loop:
             names = "logits_processor", "stopping_criteria", "generation_config", "streamer"
             return type(model)._sample(model, input_ids, **dict(zip(names, parts, strict=True)), **model_kwargs)
         try:
-            request = Request(input_ids, start, *parts)
+            request = Request(input_ids, start, bool(start.any()), *parts)
             return run(state.engine.session(state.plan, len(input_ids), request.limit), request)
         finally:
             state.engine.lock.release()
@@ -120,6 +120,10 @@ class RuntimeState:
         self.plan: Plan | None = None
         self.engine: Engine | None = None
         self._addresses: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model starts with a runtime of its own: graphs hold the original's addresses."""
+        return RuntimeState, ()
 
     def refresh(self, model: Any) -> None:
         """Follow ``model.to(...)``, ``load_state_dict(assign=True)`` and the like: graphs hold addresses."""

@@ -25,6 +25,7 @@ class Request:
 
     ids: Tensor
     start: Tensor
+    padded: bool  # whether any of ``start`` is not 0
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     config: GenerationConfig
@@ -63,7 +64,7 @@ def run(session: Session, request: Request) -> Tensor:
     choose = _greedy(session) if request.is_greedy else _chooser(session, request)
     watched = request.streamer is not None or not request.is_greedy or bool(request.eos)
     watch = _Watch(batch, ids.device) if watched else None
-    prefill(session, request.ids)
+    prefill(session, request.ids, request.padded)
     while True:
         token, finished = choose(ids, length)
         ids[:, length] = token

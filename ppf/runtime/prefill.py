@@ -14,23 +14,44 @@ from torch import Tensor
 
 from ..ops import decode
 from .plan import Attention, FeedForward
-from .session import Session
+from .session import MAX_PROMPTS, Session
 
 # Tokens computed at once: activations stay below some 2 GB for a 7B model, and the products are at their peak.
 BLOCK_TOKENS = 16384
+# Up to so many tokens the host's launches can take longer than the device's work.
+GRAPH_TOKENS = 2048
 
 
-def prefill(session: Session, ids: Tensor) -> None:
-    """Process prompts ids int64 [B, T], padded on the left by ``session.start``; then ``session.head`` has run.
+def prefill(session: Session, ids: Tensor, padded: bool) -> None:
+    """Process prompts ids int64 [B, T], padded on the left by ``session.start`` if ``padded`` says that any is.
 
     Leaves keys and values of positions [0, T) in the caches, ``logits`` and ``token`` for position T, and
-    ``position`` at T.
+    ``position`` at T. Of short prompts, the second of a length records a graph, which the following ones replay.
     """
+    key = (ids.shape[1], padded)
+    if session.plan.device.type != "cuda" or ids.numel() > GRAPH_TOKENS:
+        _run(session, ids, padded)
+    elif key not in session.prompts:
+        session.prompts[key] = None
+        if len(session.prompts) > MAX_PROMPTS:
+            session.prompts.popitem(last=False)
+        _run(session, ids, padded)
+    else:
+        known = session.prompts[key]
+        if known is None:
+            held = ids.clone()
+            known = session.prompts[key] = session.record(lambda: _run(session, held, padded)), held
+        session.prompts.move_to_end(key)
+        graph, held = known
+        held.copy_(ids)
+        graph.replay()
+
+
+def _run(session: Session, ids: Tensor, padded: bool) -> None:
     batch, length = ids.shape
     plan = session.plan
     last = max(index for index, groups in enumerate(plan.groups) if groups)
     hidden = torch.empty(batch, plan.embedding.shape[1], dtype=plan.dtype, device=plan.device)
-    padded = bool(session.start.any())
     rows = max(1, BLOCK_TOKENS // length)
     for first in range(0, batch, rows):
         part = slice(first, min(batch, first + rows))
@@ -53,9 +74,9 @@ def _prompts(session: Session, ids: Tensor, part: slice, last: int, padded: bool
             if index == last:
                 break
             y = attend(q.view(batch, length, -1, plan.head_dim), keys, values)
-            hidden = torch.addmm(hidden, y.flatten(0, 1).flatten(1), layer.attention.o.t())
+            hidden.addmm_(y.flatten(0, 1).flatten(1), layer.attention.o.t())
         if layer.ffn is not None:
-            hidden = _ffn(hidden, layer.ffn, plan.epsilon)
+            _add_ffn(hidden, layer.ffn, plan.epsilon)
     return hidden.view(batch, length, -1)[:, -1]
 
 
@@ -69,10 +90,10 @@ def _project(
     return q, keys[:, :, :length], values[:, :, :length]
 
 
-def _ffn(hidden: Tensor, weights: FeedForward, epsilon: float) -> Tensor:
+def _add_ffn(hidden: Tensor, weights: FeedForward, epsilon: float) -> None:
     normed = _norm(hidden, weights.norm, epsilon)
     act = decode.multiply_silu(F.linear(normed, weights.gate), F.linear(normed, weights.up))
-    return torch.addmm(hidden, act, weights.down.t())
+    hidden.addmm_(act, weights.down.t())
 
 
 def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:

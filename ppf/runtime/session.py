@@ -6,6 +6,10 @@ buffers (``token``, ``position``, ``start``), so that one captured graph serves 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,13 +21,16 @@ from .storage import Storage
 # More end-of-sequence tokens than this and the caller stops by itself.
 MAX_EOS = 8
 _WARM_UP = 2
+# Prompts of one length that get a graph of their own; the GPU outruns the host only on short ones.
+MAX_PROMPTS = 8
 
 
 class Session:
     """Buffers and views for ``batch`` sequences of up to ``positions`` tokens each."""
 
-    def __init__(self, plan: Plan, storage: Storage, batch: int, positions: int):
-        self.plan, self.batch, self.positions = plan, batch, positions
+    def __init__(self, plan: Plan, storage: Storage, batch: int, positions: int, pool: Any = None):
+        """``pool``: memory that graphs may share, since one of them runs at a time."""
+        self.plan, self.batch, self.positions, self.pool = plan, batch, positions, pool
         self.caches = storage.views(plan, batch, positions)
         self.cos, self.sin = storage.rotary(plan, positions)
         device = plan.device
@@ -37,6 +44,8 @@ class Session:
         groups = max(plan.groups)
         self.shares, self.space = decode.workspace(batch, groups, plan.query_heads, plan.head_dim, positions, device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        # By length and padding: None after the first prompt, then its graph and the ids it reads.
+        self.prompts: OrderedDict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor] | None] = OrderedDict()
 
     def reset(self, start: Tensor, eos: list[int], pad: int) -> None:
         """Begin a new batch of prompts; ``start`` int32 [B] is the padding of each on its left."""
@@ -88,7 +97,11 @@ class Session:
             for _ in range(_WARM_UP):
                 self.step()
         torch.cuda.current_stream(self.plan.device).wait_stream(side)
+        self.graph = self.record(self.step)
+
+    def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of ``work``, whose kernels must be compiled already."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        self.graph = graph
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
+        return graph
