@@ -52,6 +52,8 @@ def cautious(predictor: Predictor, caution: float | Tensor) -> Judge:
 
 def move(levels: Tensor, grid: Grid, ratio: Tensor) -> Tensor:
     """Levels int64 [B, S] moved to the budgets of ``ratio`` [B], every sub-layer as little as possible."""
+    if not len(levels):
+        return levels
     projector = Projector(grid).to(levels.device)
     return projector(nearest(levels / projector.maximum, grid), ratio)
 

@@ -29,6 +29,8 @@ from .training import fit_predictor
 _INITIAL_SHARE = 0.3
 _ROUNDS = 8
 _SMALLEST_ROUND = 8
+# An agent that only proposes the next round is trained for less long, and breeding proposes beside it.
+_ROUND_EFFORT = 0.5
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def _proposals(
 ) -> list[tuple[Policy, str]]:
     if index == 0:
         return initial_proposals(evaluator.grid, count, seed)
-    fitted = learn(evaluator.grid, before, seed + index, evaluator.weights.device, learning=learning)
+    device = evaluator.weights.device
+    fitted = learn(evaluator.grid, before, seed + index, device, effort=_ROUND_EFFORT, learning=learning, experts=0)
     return next_proposals(fitted.agent, fitted.predictor, before, count, seed + index)
 
 

@@ -32,7 +32,7 @@ from .weights import LayerRanking, permute_layer
 
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
-_FINAL_EXPERTS = 3
+_FINAL_EXPERTS = 2
 _TEXTS = "texts.safetensors"
 # Texts, statistics, experience, predictor and agent beside the library: generously.
 _OTHER_FILES = 64 << 20
@@ -166,7 +166,7 @@ def _store_layer(run: Run, index: int, statistics: LayerStatistics) -> None:
 def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:
     tensors = {"ranking.attention": ranking.attention, "ranking.ffn": ranking.ffn}
     for name, part in (("attention", statistics.attention), ("ffn", statistics.ffn)):
-        # The Gram itself is not stored: the library's factor L holds it, since H + λI = L Lᵀ.
+        # The Gram itself is not stored: the library's L⁻¹ holds it, since H + λI = L Lᵀ.
         tensors |= {f"{name}.mean": part.mean, f"{name}.variance": part.variance}
     return tensors
 
@@ -179,7 +179,9 @@ def _learn(run: Run, progress: Progress) -> None:
     collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how)
     progress("learn", 0, 1)
     rows = run.experience.rows()
-    fitted = learn(run.grid, rows, settings.seed, run.device, _FINAL_EFFORT, how, experts=_FINAL_EXPERTS)
+    fitted = learn(
+        run.grid, rows, settings.seed, run.device, effort=_FINAL_EFFORT, learning=how, experts=_FINAL_EXPERTS
+    )
     write_safetensors(run.path / "predictor.safetensors", fitted.predictor.state_dict())
     write_safetensors(run.path / "agent.safetensors", fitted.agent.state_dict())
     progress("learn", 1, 1)

@@ -25,6 +25,7 @@ from .predictor import Predictor
 from .progress import Progress, silent
 from .projection import check_ratio
 from .sampling import mutate
+from .settings import MINIMUM_EVALUATIONS
 from .training import fit_predictor
 
 # Search rows stand after every round of the fit loop.
@@ -148,6 +149,8 @@ class Search:
 
     def _refit(self) -> None:
         rows = self.experience.rows()
+        if len(rows) < MINIMUM_EVALUATIONS:
+            return
         levels = self.grid.encode([row.policy for row in rows])
         values = torch.tensor([row.log_perplexity for row in rows])
         fit_predictor(self.predictor, levels, values, self.seed, steps=_REFIT_STEPS, fresh=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppf import calibration, collection, fitting
+from ppf.breeding import Effort
 from ppf.experience import Evaluation
 from ppf.grid import Grid
 from ppf.models import build
@@ -121,9 +122,10 @@ def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
 
 def quick_learning(patch: pytest.MonkeyPatch) -> None:
     """Train predictors and agents of the fit loop for a few steps only: tests of the loop need no good ones."""
-    learn = collection.learn
-    patch.setattr(collection, "learn", lambda *arguments, **named: learn(*arguments, effort=0.05, **named))
-    patch.setattr(fitting, "_FINAL_EFFORT", 0.2)
+    learn, quick = collection.learn, {"effort": 0.05, "experts": 0}
+    for module in (collection, fitting):
+        patch.setattr(module, "learn", lambda *arguments, **named: learn(*arguments, **(named | quick)))
+    patch.setattr("ppf.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 
 def synthetic_log_perplexity(grid: Grid, levels: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def test_the_budget_takes_part_in_the_gradient():
     weight = torch.randn_like(utility)
 
     def value(u: torch.Tensor) -> torch.Tensor:
-        return (relax(u.masked_fill(~allowed, -1e9), kept, cost, 0.7) * weight).sum()
+        return (relax(u.masked_fill(~allowed, -1e9), kept, cost, 0.7)[0] * weight).sum()
 
     (gradient,) = torch.autograd.grad(value(utility), utility)
     for place in [(0, 1, 2), (0, 7, 20), (1, 3, 4), (1, 11, 0)]:

@@ -133,7 +133,7 @@ def _collect_alone(path, evaluator) -> None:
 
 def test_later_rounds_follow_the_agent(tmp_path, monkeypatch, evaluator):
     """With a made-up performance the agent's policies become better than random ones of the same ratio."""
-    monkeypatch.setattr(collection, "learn", lambda *a, **named: learn(*a, effort=0.15, **named))
+    monkeypatch.setattr(collection, "learn", lambda *a, **named: learn(*a, **(named | {"effort": 0.15})))
     grid = evaluator.grid
     monkeypatch.setattr(
         Interrupted, "log_perplexities", lambda self, p: synthetic_log_perplexity(grid, grid.encode(p)).tolist()

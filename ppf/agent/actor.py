@@ -74,8 +74,13 @@ class Agent(nn.Module):
 
     def relaxed(self, ratio: Tensor, temperature: float) -> Tensor:
         """Level probabilities [B, S, K] whose expected cost is the budget; differentiable."""
+        return self.relaxed_near(ratio, temperature, None)[0]
+
+    def relaxed_near(self, ratio: Tensor, temperature: float, near: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same, and the multipliers [B] of the budget's cost; ``near`` are those of the step before, which is
+        faster (see :func:`ppf.agent.relaxation.relax`)."""
         utility = self.utilities(ratio).masked_fill(~self.projector.allowed, -1e9)
-        return relax(utility, 1 - ratio, self.projector.relative_cost, temperature)
+        return relax(utility, 1 - ratio, self.projector.relative_cost, temperature, near)
 
     @property
     def device(self) -> torch.device:

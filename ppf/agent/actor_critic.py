@@ -31,9 +31,10 @@ def train_actor_critic(
     optimiser = torch.optim.Adam([*agent.parameters(), *critic.parameters()], lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)
     judge = cautious(predictor, caution)
+    near = None
     for step in range(steps):
         ratio = stratified_ratios(batch, generator).to(agent.device)
-        probabilities = agent.relaxed(ratio, 0.1 ** (step / steps))
+        probabilities, near = agent.relaxed_near(ratio, 0.1 ** (step / steps), near)
         action = _drawn(probabilities, generator)
         with torch.no_grad():
             projected = move(action.flatten(0, 1), agent.grid, ratio.repeat_interleave(_DRAWS))

@@ -47,8 +47,10 @@ def _imitate(agent: Agent, ratio: Tensor, best: Tensor, steps: int) -> None:
     """Cross-entropy of the agent's relaxed policies with definite ones int64 [R, S]."""
     optimiser = torch.optim.Adam(agent.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)
+    near = None
     for _ in range(steps):
-        chosen = agent.relaxed(ratio, _TEMPERATURE).gather(-1, best[..., None])
+        probabilities, near = agent.relaxed_near(ratio, _TEMPERATURE, near)
+        chosen = probabilities.gather(-1, best[..., None])
         loss = -chosen.clamp_min(1e-9).log().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -25,9 +25,11 @@ def train_pathwise(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(agent.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)
+    near = None  # strata keep their place in the batch, so a row's multiplier is about the last step's
     for step in range(steps):
         ratio = stratified_ratios(batch, generator).to(agent.device)
-        outputs = predictor.relaxed(agent.relaxed(ratio, 0.1 ** (step / steps)))
+        probabilities, near = agent.relaxed_near(ratio, 0.1 ** (step / steps), near)
+        outputs = predictor.relaxed(probabilities)
         loss = outputs.mean(0).mean()
         if caution:
             loss = loss + caution * outputs.std(0).mean()

@@ -7,21 +7,28 @@ from torch import Tensor
 
 # Makes the multiplier's steps of order one for the softmax.
 _MULTIPLIER = 32.0
+_FAR, _NEAR = 200.0, 6.0  # half widths of the brackets that the bisection starts from
+_FAR_STEPS, _NEAR_STEPS = 30, 10
 
 
-def relax(utility: Tensor, kept: Tensor, cost: Tensor, temperature: float) -> Tensor:
-    """softmax((u − μ·cost)/τ) [B, S, K] with the μ per row at which the expected cost is ``kept`` [B].
+def relax(
+    utility: Tensor, kept: Tensor, cost: Tensor, temperature: float, near: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax((u − μ·cost)/τ) [B, S, K] with the μ per row at which the expected cost is ``kept`` [B]; and that μ [B].
 
     ``utility`` is [B, S, K], ``cost`` [S, K] the share of the budget that a level takes. μ comes from a bisection,
-    which has no gradient; one Newton step from there has the implicit function's.
+    around ``near`` [B] if given (a training step moves it little; should it move more, it catches up in the next
+    steps). A bisection has no gradient; one Newton step from there has the implicit function's.
     """
 
     def probabilities(multiplier: Tensor) -> Tensor:
         return torch.softmax((utility - _MULTIPLIER * multiplier[:, None, None] * cost) / temperature, dim=-1)
 
     with torch.no_grad():
-        low, high = torch.full_like(kept, -200.0), torch.full_like(kept, 200.0)
-        for _ in range(30):
+        half, steps = (_FAR, _FAR_STEPS) if near is None else (_NEAR, _NEAR_STEPS)
+        low = torch.zeros_like(kept) - half if near is None else near - half
+        high = low + 2 * half
+        for _ in range(steps):
             middle = (low + high) / 2
             over = (probabilities(middle) * cost).sum((1, 2)) > kept
             low, high = torch.where(over, middle, low), torch.where(over, high, middle)
@@ -30,4 +37,6 @@ def relax(utility: Tensor, kept: Tensor, cost: Tensor, temperature: float) -> Te
         mean = (p * cost).sum(-1, keepdim=True)
         slope = (p * (cost - mean).square()).sum((1, 2)) * _MULTIPLIER / temperature
     excess = (probabilities(middle) * cost).sum((1, 2)) - kept
-    return probabilities(middle + excess / slope.clamp_min(1e-4))
+    # Where the slope vanishes, a whole step would leave the bracket.
+    multiplier = middle + (excess / slope.clamp_min(1e-4)).clamp(-half, half)
+    return probabilities(multiplier), multiplier.detach()
