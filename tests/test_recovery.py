@@ -22,6 +22,7 @@ from ppf import InputError, PPFError, RecoverySettings, Run, checkpoint, recover
 from ppf.policy import Policy
 from ppf.recovery import objective, training
 from ppf.recovery.corpus import Corpus
+from ppf.recovery.methods import Student
 from ppf.recovery.objective import Objective
 from ppf.recovery.training import schedule
 from ppf.results import Choice, deliver
@@ -169,6 +170,17 @@ def test_the_result_is_a_checkpoint_with_a_longer_report(pruned, recovered, text
     assert not (recovered / f"{method}.unfinished").exists()
 
 
+def test_distillation_brings_it_nearer_to_the_dense_model(pruned, tiny_run, text, tmp_path):
+    dense, distances = checkpoint.load(tiny_run / "model"), {}
+    ids = _held_out(pruned / "uniform", text)
+    for share in (0.0, 1.0):
+        settings = RecoverySettings("full", distillation=share, **SMALL)
+        recover(pruned / "uniform", text, tmp_path / str(share), settings=settings, device="cpu")
+        with torch.no_grad():
+            distances[share] = float(Objective(dense, 1.0)(checkpoint.load(tmp_path / str(share)), ids))
+    assert distances[1.0] < 0.9 * distances[0.0]
+
+
 def test_a_uniform_result_stays_an_ordinary_llama(pruned, text, tmp_path):
     settings = RecoverySettings("full", **SMALL)
     recover(pruned / "uniform", text, tmp_path / "out", settings=settings, device="cpu")
@@ -178,7 +190,10 @@ def test_a_uniform_result_stays_an_ordinary_llama(pruned, text, tmp_path):
     assert done.stdout.strip() == "LlamaForCausalLM", done.stderr[-2000:]
 
 
-def test_bf16_checkpoints_stay_bf16_and_rotary_stays_exact(tiny_run, pruned, text, tmp_path):
+def test_bf16_checkpoints_stay_bf16_and_rotary_stays_exact(pruned, text, tmp_path):
+    merged = Student(checkpoint.load(pruned / "uniform", dtype="bfloat16"), RecoverySettings("full")).merged()
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in merged.buffers()} == {torch.float32}  # rotary frequencies
     model = checkpoint.load(pruned / "non-uniform", dtype="bfloat16")
     checkpoint.save(model, checkpoint.load_tokenizer(pruned / "non-uniform"), tmp_path / "bf16", {})
     settings = RecoverySettings("norms", distillation=0.0, **SMALL)
