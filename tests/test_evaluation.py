@@ -11,6 +11,7 @@ from factories import dense_weights, llama, llama_config, random_ranking, tokens
 from ppf.calibration import calibrate
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator, batched
+from ppf.evaluation.divergence import Divergences
 from ppf.evaluation.plan import executed, order, shared, walk
 from ppf.evaluation.serial import Serial
 from ppf.grid import Grid
@@ -181,6 +182,36 @@ def test_fewer_tokens_are_a_part_of_the_text():
     assert ours.log_perplexity(POLICIES[1], tokens=10**9) == ours.log_perplexity(POLICIES[1])
     with pytest.raises(InputError, match="tokens"):
         ours.log_perplexities(POLICIES, tokens=0)
+
+
+def exact_divergences(ours: Evaluator, policies: list[Policy]) -> list[float]:
+    """With whole distributions, in fp64."""
+
+    def distribution(policy: Policy) -> torch.Tensor:
+        return ours.logits(policy, IDS)[:, :-1].double().log_softmax(-1)
+
+    dense = distribution(ours.grid.dense())
+    return [float((dense.exp() * (dense - distribution(p))).sum(-1).mean()) for p in policies]
+
+
+@pytest.mark.parametrize("make", [Serial, batched.Batched])
+def test_divergences_are_those_of_the_whole_distributions(make):
+    _, weights = dense_weights()
+    ours = evaluator(weights, random_ranking(weights.structure))
+    policies = population(ours.grid)
+    if make is batched.Batched:
+        engine = batched.Batched(ours.weights, ours.grid, batched.prepare(ours.weights, ours.grid, None), IDS)
+    else:
+        engine = Serial(ours.weights, ours.grid, IDS, None)
+    levels = [executed(row) for row in ours.grid.encode(policies).tolist()]
+    expected = exact_divergences(ours, policies)
+    whole = Divergences(engine, ours.weights, ours.grid, top=10**6).means(levels)
+    assert whole.tolist() == pytest.approx(expected, rel=2e-3, abs=2e-3)  # kept in fp16
+    few = Divergences(engine, ours.weights, ours.grid).means(levels)  # 64 of 258 tokens of a flat distribution
+    assert (few <= whole + 1e-3).all() and (few > 0.6 * whole - 1e-3).all()
+    assert ours.divergences(policies) == pytest.approx(few.tolist(), rel=1e-3, abs=1e-5)
+    assert abs(expected[-2]) < 1e-9 and max(expected) > 1  # the dense policy's own is none
+    assert ours.divergences([]) == []
 
 
 @pytest.mark.parametrize("heads", ["mha", "gqa"])

@@ -17,6 +17,7 @@ from ..text import take_tokens
 from ..weights import DecoderWeights
 from . import batched
 from .batched import Batched
+from .divergence import Divergences
 from .plan import executed
 from .serial import Serial
 
@@ -35,7 +36,8 @@ class Evaluator:
     def __init__(self, weights: DecoderWeights, grid: Grid, sequences: Tensor, library: Library | None = None):
         self.weights, self.grid, self.library = weights, grid, library
         self.sequences = sequences.to(weights.device)
-        self._engines: dict[int, Serial | Batched] = {}
+        self._engines: dict[int, Serial | Batched] = {}  # by number of sequences
+        self._dense: dict[int, Divergences] = {}
 
     @property
     def tokens(self) -> int:
@@ -63,18 +65,31 @@ class Evaluator:
         """
         if not policies:
             return []
-        levels = [executed(row) for row in self.grid.encode(policies).tolist()]
         sequences = take_tokens(self.sequences, tokens)
         count, length = sequences.shape
-        return (self._engine(sequences).losses(levels) / (count * (length - 1))).tolist()
+        return (self._engine(sequences).losses(self._levels(policies)) / (count * (length - 1))).tolist()
+
+    def divergences(self, policies: Sequence[Policy], tokens: int | None = None) -> list[float]:
+        """KL(dense ‖ policy) per predicted token in nats, in order, from the dense model's 64 likeliest tokens and the
+        rest as one: a lower bound. ``tokens`` as in :meth:`log_perplexities`."""
+        if not policies:
+            return []
+        sequences = take_tokens(self.sequences, tokens)
+        if len(sequences) not in self._dense:
+            self._dense[len(sequences)] = Divergences(self._engine(sequences), self.weights, self.grid)
+        return self._dense[len(sequences)].means(self._levels(policies)).tolist()
 
     @torch.no_grad()
     def logits(self, policy: Policy, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of int64 ``tokens`` [B, T]."""
         found: list[Tensor] = []
         engine = Serial(self.weights, self.grid, tokens.to(self.weights.device), self.library)
-        engine.visit([executed(self.grid.encode([policy])[0].tolist())], lambda _, hidden, __: found.append(hidden))
+        engine.visit(self._levels([policy]), lambda _, __, hidden: found.append(hidden))
         return F.linear(norm(torch.cat(found), self.weights.norm, self.weights.epsilon), self.weights.head)
+
+    def _levels(self, policies: Sequence[Policy]) -> list[list[int]]:
+        """Levels in execution order."""
+        return [executed(row) for row in self.grid.encode(policies).tolist()]
 
     def _engine(self, sequences: Tensor) -> Serial | Batched:
         """The engine of a part of the text; kept, for it remembers dense activations."""

@@ -6,7 +6,7 @@ policies. The first layers that all of a chunk's policies keep whole come from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ class Batched:
 
     def __init__(self, weights: DecoderWeights, grid: Grid, layers: Sequence[PreparedLayer], sequences: Tensor):
         self.weights, self.grid, self.layers = weights, grid, layers
-        self.length, self.tokens = sequences.shape[1], sequences.numel()
+        self.length, self.tokens, self.parts = sequences.shape[1], sequences.numel(), [sequences]
         self.targets = sequences.roll(-1, dims=1).flatten()
         single = torch.empty(0, device=weights.device)
         cos, sin = weights.rotary(single, torch.arange(self.length, device=weights.device)[None])
@@ -76,22 +76,33 @@ class Batched:
     @torch.no_grad()
     def losses(self, levels: Sequence[Sequence[int]]) -> Tensor:
         """Summed negative log-likelihood of every policy, fp64 [P] in nats."""
-        total = torch.empty(len(levels), dtype=torch.float64, device=self.weights.device)
+        w, device = self.weights, self.weights.device
+        total = torch.empty(len(levels), dtype=torch.float64, device=device)
+        for chunk, members, x in self._chunks(levels):
+            sums = torch.ops.ppf.members_losses(x, w.norm, w.head, self.targets, self.length, w.epsilon)
+            total[_to_device(chunk, torch.int64, device)] = sums[_to_device(members, torch.int64, device)]
+        return total
+
+    @torch.no_grad()
+    def visit(self, levels: Sequence[Sequence[int]], use: Callable[[int, int, Tensor], None]) -> None:
+        """Call ``use(index, 0, hidden)`` for every policy, with the final hidden states [B, T, hidden] of the text
+        before the last norm."""
+        for chunk, members, x in self._chunks(levels):
+            for index, member in zip(chunk, members, strict=True):
+                use(index, 0, x[member].view(-1, self.length, x.shape[2]))
+
+    def _chunks(self, levels: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], Tensor]]:
+        """Indices of some policies, the member each one ends as, and the members' activations [D, N, hidden]."""
         ordered = order(levels)
         for start in range(0, len(ordered), self.members):
             chunk = ordered[start : start + self.members]
-            total[_to_device(chunk, torch.int64, total.device)] = self._chunk([levels[index] for index in chunk])
-        return total
-
-    def _chunk(self, levels: list[Sequence[int]]) -> Tensor:
-        first = min(min(shared(self._dense_levels, row) for row in levels) // 2, self._deepest)
-        tables, member_of = _tables(levels, first, self.weights.device)
-        x = self._dense_state(first)
-        for layer, table in zip(self.layers[first:], tables, strict=True):
-            x = self._layer(layer, x, table)
-        w = self.weights
-        sums = torch.ops.ppf.members_losses(x, w.norm, w.head, self.targets, self.length, w.epsilon)
-        return sums[member_of]
+            rows = [levels[index] for index in chunk]
+            first = min(min(shared(self._dense_levels, row) for row in rows) // 2, self._deepest)
+            tables, members = _tables(rows, first, self.weights.device)
+            x = self._dense_state(first)
+            for layer, table in zip(self.layers[first:], tables, strict=True):
+                x = self._layer(layer, x, table)
+            yield chunk, members, x
 
     def _layer(self, layer: PreparedLayer, x: Tensor, tables: _Tables) -> Tensor:
         s, epsilon = self.grid.structure, self.weights.epsilon
@@ -134,7 +145,7 @@ def _grouped_rows(w: LayerWeights, s: Structure) -> Tensor:
     return torch.cat([part.view(s.kv_groups, -1, s.hidden) for part in parts], 1).flatten(0, 1)
 
 
-def _tables(levels: list[Sequence[int]], first: int, device: torch.device) -> tuple[list[_Tables], Tensor]:
+def _tables(levels: list[Sequence[int]], first: int, device: torch.device) -> tuple[list[_Tables], list[int]]:
     """The members of every layer from ``first`` on, all starting from one state; and every policy's last member."""
     state = [0] * len(levels)  # of every policy: its member before the layer
     rows: list[list[int]] = []
@@ -151,7 +162,7 @@ def _tables(levels: list[Sequence[int]], first: int, device: torch.device) -> tu
     packed = _to_device([value for row in padded for value in row], torch.int32, device).view(-1, _MEMBERS)
     views = [row[: len(values)] for row, values in zip(packed, rows, strict=True)]
     tables = [_Tables(views[at], tuple(views[at + 1 : at + 4])) for at in range(0, len(views), 4)]
-    return tables, _to_device(state, torch.int64, device)
+    return tables, state
 
 
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -41,21 +41,21 @@ class Serial:
         """Summed negative log-likelihood of every policy, fp64 [P] in nats."""
         total = torch.zeros(len(levels), dtype=torch.float64, device=self.weights.device)
 
-        def add(index: int, hidden: Tensor, tokens: Tensor) -> None:
-            total[index] += token_losses(self.weights, hidden, tokens).double().sum()
+        def add(index: int, part: int, hidden: Tensor) -> None:
+            total[index] += token_losses(self.weights, hidden, self.parts[part]).double().sum()
 
         self.visit(levels, add)
         return total
 
     @torch.no_grad()
-    def visit(self, levels: Sequence[Sequence[int]], use: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Call ``use(index, hidden, tokens)`` for every policy and part of the text: the final hidden states
-        [B, T, hidden] before the last norm, and their tokens [B, T]."""
+    def visit(self, levels: Sequence[Sequence[int]], use: Callable[[int, int, Tensor], None]) -> None:
+        """Call ``use(index, part, hidden)`` for every policy and part of the text, with the final hidden states
+        [B, T, hidden] of that part's tokens before the last norm."""
         steps = walk(levels, self._dense_levels)
-        for part, tokens in enumerate(self.parts):
+        for part in range(len(self.parts)):
             stack: dict[int, Tensor] = {}
             for step in steps:
-                use(step.index, self._run(step, levels[step.index], part, stack), tokens)
+                use(step.index, part, self._run(step, levels[step.index], part, stack))
 
     def _run(self, step: Step, levels: Sequence[int], part: int, stack: dict[int, Tensor]) -> Tensor:
         for depth in [d for d in stack if d > step.start]:
