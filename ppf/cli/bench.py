@@ -153,13 +153,14 @@ def _header(facts: dict[str, Any]) -> str:
 def _table(rows: list[Row]) -> Table:
     from rich.table import Table
 
-    table = Table(
-        "phase", "runner", "ratio", "batch", "tokens", "ms", "tokens/s", "GB/s", "of limit", "peak GB", box=None
-    )
+    titles = "measured", "runner", "ratio", "batch", "ms", "tokens/s", "GB/s", "of limit", "peak GB"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in titles:
+        table.add_column(title, no_wrap=True, justify="left" if title in titles[:2] else "right")
     for row in rows:
         tokens = f"{row.prompt}" if row.phase == "prefill" else f"{row.prompt}+{row.new_tokens}"
         table.add_row(
-            row.phase, _NAMES[row.runner], f"{row.ratio:g}", str(row.batch), tokens, f"{row.milliseconds:.3f}",
+            f"{row.phase} {tokens}", _NAMES[row.runner], f"{row.ratio:g}", str(row.batch), f"{row.milliseconds:.3f}",
             f"{row.tokens_per_second:,.1f}", f"{row.gigabytes_per_second:,.1f}", f"{row.share_of_limit:.1%}",
             f"{row.peak_gigabytes:.2f}",
         )  # fmt: skip
