@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from .grid import Grid
 from .predictor import Predictor
-from .projection import Projector, nearest
+from .projection import projector_of
 from .sampling import mutate
 
 Judge = Callable[[Tensor], Tensor]
@@ -54,8 +54,8 @@ def move(levels: Tensor, grid: Grid, ratio: Tensor) -> Tensor:
     """Levels int64 [B, S] moved to the budgets of ``ratio`` [B], every sub-layer as little as possible."""
     if not len(levels):
         return levels
-    projector = Projector(grid).to(levels.device)
-    return projector(nearest(levels / projector.maximum, grid), ratio)
+    projector = projector_of(grid, levels.device)
+    return projector.nearest(levels / projector.maximum, ratio)
 
 
 def breed(

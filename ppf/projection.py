@@ -1,22 +1,35 @@
 """From preferences to policies that meet a budget exactly.
 
 A preference gives every sub-layer a utility for each of its levels. The projection picks the levels with the highest
-total utility whose cost is the budget: a Lagrange multiplier found by bisection, then single steps of the best
-marginal utility until no step brings the cost closer, and at last one exchange of a dear step for cheap ones where the
-cheap sub-layers have no room left. There is no penalty to tune. What is guaranteed for every feasible ratio: the cost
-is within half a step of the cheapest sub-layers of the budget, provided these together span a step of the dearest;
-in any case within half a step of the dearest.
+total utility whose cost is the budget. A Lagrange multiplier, found by sections of its range, separates the steps of a
+level that pay from those that do not; then all steps stand in one sorted order, and the budget cuts it. At the cut a
+dear step may not fit: then either cheap steps that come later fill the gap, or the dear one is taken and cheap ones
+that came before make room, whichever ends nearer to the budget. There is no penalty to tune, and no loop that depends
+on the data: one call is a fixed list of tensor operations, on a GPU without a synchronisation.
+
+What is guaranteed for every feasible ratio: the cost is within half a step of the cheapest sub-layers of the budget,
+provided these together span a step of the dearest; in any case within half a step of the dearest. Tables with more than
+two step costs (measured latencies) are refined by exchanges instead, without such a guarantee.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from .costs import Costs, parameters
 from .errors import InputError
 from .grid import Grid
 
-_BISECTIONS = 40
+# The multiplier is found to one part in 2¹⁶ of its range: in few wide rounds for one policy, where calls take the time,
+# in many narrow ones for batches, where arithmetic does. (Sections a round, rounds), and the elements a round may have.
+_SECTIONS = ((63, 3), (15, 4), (3, 8), (1, 16))
+_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+_EXCHANGES = 64
+_CLOSE = 1e-4  # of the target: near enough for an exchange of refinement to look at utilities
 
 
 def check_ratio(ratio: float, grid: Grid) -> None:
@@ -28,98 +41,224 @@ def check_ratio(ratio: float, grid: Grid) -> None:
         raise InputError("ratio", ratio, "is more than the structure can give", remedy)
 
 
+class _Order(NamedTuple):
+    """All N = S·(K − 1) steps in the order in which they are taken, and which of them are, [B, N] each."""
+
+    index: Tensor  # where each step stands in [S, K − 1]
+    cost: Tensor  # fp64
+    gain: Tensor  # fp32: utility
+    taken: Tensor  # bool
+
+
 class Projector(nn.Module):
-    """Projects utilities fp32 [B, S, K] onto the policies of a budget; K = ``grid.levels``. A module only to follow its
-    owner's device: it has nothing to learn and nothing to save."""
+    """Projects utilities fp32 [B, S, K] onto the policies of a budget; K = ``grid.levels``. Costs are parameters unless
+    ``costs`` says otherwise. A module only to follow its owner's device: it has nothing to learn and nothing to save.
+    """
 
     maximum: Tensor  # [S]
     minimum: Tensor  # [S]
-    step_cost: Tensor  # fp64 [S]: parameters a level
+    step_cost: Tensor  # fp64 [S]: parameters a level, whatever the costs are
     allowed: Tensor  # bool [S, K]
-    relative_cost: Tensor  # fp32 [S, K]: share of the decoder's parameters, so that μ's range suits every model
+    relative_cost: Tensor  # fp32 [S, K]: share of the largest cost, so that the multiplier's range suits every model
+    table: Tensor  # fp64 [S, K]
+    steps: Tensor  # fp64 [S·(K − 1)]: cost of the step up to each level from 1 on
+    free: Tensor  # bool, the same shape: steps that may be taken or not
+    forced: Tensor  # bool: steps that are always taken
+    cheap: Tensor  # bool: free steps of the cheapest sub-layers
 
-    def __init__(self, grid: Grid):
+    def __init__(self, grid: Grid, costs: Costs | None = None):
         super().__init__()
-        self.grid = grid
+        self.grid, costs = grid, costs or parameters(grid)
         level = torch.arange(grid.levels)
         maximum, minimum = torch.tensor(grid.maximum), torch.tensor(grid.minimum)
-        step_cost = torch.tensor(grid.step_cost, dtype=torch.float64)
+        allowed = (level >= minimum[:, None]) & (level <= maximum[:, None])
+        steps, free = costs.table.diff(dim=1), allowed[:, 1:] & allowed[:, :-1]
+        self.total = float(costs.table[:, -1].sum())
+        kinds = steps[free].unique()
+        self.is_regular = len(kinds) <= 2 and all(len(s[f].unique()) < 2 for s, f in zip(steps, free, strict=True))
+        self.cheapest, self.dearest = float(kinds.min()), float(kinds.max())
         for name, tensor in (
             ("maximum", maximum),
             ("minimum", minimum),
-            ("step_cost", step_cost),
-            ("allowed", (level >= minimum[:, None]) & (level <= maximum[:, None])),
-            ("relative_cost", (level * step_cost[:, None] / grid.structure.decoder_parameters).float()),
+            ("step_cost", torch.tensor(grid.step_cost, dtype=torch.float64)),
+            ("allowed", allowed),
+            ("relative_cost", (costs.table / self.total).float()),
+            ("table", costs.table),
+            ("steps", steps.flatten()),
+            ("free", free.flatten()),
+            ("forced", (level[1:] <= minimum[:, None]).flatten()),
+            ("cheap", (free & (steps == self.cheapest)).flatten()),
         ):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, utility: Tensor, ratio: Tensor) -> Tensor:
-        """Levels int64 [B, S] of the policies that remove ``ratio`` [B] of the decoder parameters."""
+        """Levels int64 [B, S] of the policies that remove ``ratio`` [B] of the largest cost."""
+        return self.meet(utility, (1 - ratio.double()) * self.total)
+
+    def meet(self, utility: Tensor, target: Tensor) -> Tensor:
+        """Levels int64 [B, S] of the policies whose cost, constant left out, is ``target`` fp64 [B]."""
         utility = utility.masked_fill(~self.allowed, -torch.inf)
-        target = (1 - ratio.double()) * self.grid.structure.decoder_parameters
-        levels = self._repair(self._relaxed(utility, target), utility, target, self.step_cost > 0)
-        return self._exchange(levels, utility, target)
+        return self._cut(utility, self._keys(utility, target), target)
+
+    def nearest(self, fractions: Tensor, ratio: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Levels int64 [B, S] that remove ``ratio`` [B] and lie nearest to keeping ``fractions`` [B, S].
+
+        The same as :meth:`forward` of :func:`nearest`, times ``weight`` [B, S] if given, but faster: such utilities are
+        concave, so that steps stand in order by themselves.
+        """
+        utility = nearest(fractions, self.grid)
+        utility = utility if weight is None else utility * weight[..., None]
+        utility = utility.masked_fill(~self.allowed, -torch.inf)
+        return self._cut(utility, self._slopes(utility), (1 - ratio.double()) * self.total)
 
     def cost(self, levels: Tensor) -> Tensor:
-        """Kept parameters, fp64 [B], of int64 levels [B, S]."""
-        return (levels * self.step_cost).sum(-1)
+        """Cost, constant left out, fp64 [B], of int64 levels [B, S]."""
+        return self.table.expand(len(levels), -1, -1).gather(2, levels[..., None]).sum((1, 2))
 
-    def _relaxed(self, utility: Tensor, target: Tensor) -> Tensor:
-        """Levels that maximise utility − μ·cost with the smallest μ per row whose cost does not exceed the target."""
-        finite = utility.masked_fill(~self.allowed, 0)
-        span = (finite.abs().amax((1, 2)) * 2 + 1e-6) / self.relative_cost[:, 1:].min()
-        low, high = -span, span
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            over = self.cost((utility - middle[:, None, None] * self.relative_cost).argmax(-1)) > target
-            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-        return (utility - high[:, None, None] * self.relative_cost).argmax(-1)
+    def _slopes(self, utility: Tensor) -> Tensor:
+        """Utility a cost of every step, fp32 [B, N]; infinite for steps that are forced, −infinite for impossible."""
+        cost = (self.steps / self.total).float().clamp_min(1e-12)
+        slopes = utility.diff(dim=2).flatten(1) / cost
+        return slopes.where(self.free, torch.where(self.forced, torch.inf, -torch.inf).float())
 
-    def _repair(self, levels: Tensor, utility: Tensor, target: Tensor, movable: Tensor) -> Tensor:
-        """Single steps of ``movable`` [S] sub-layers, while one brings the cost closer to the target."""
-        for _ in range(sum(self.grid.maximum)):
-            gap = target - self.cost(levels)
-            step = torch.where(gap >= 0, 1, -1)[:, None]
-            closer = (gap[:, None] - step * self.step_cost).abs() < gap.abs()[:, None]
-            moved = self._best_step(levels, utility, step, closer & movable)
-            if moved is None:
-                break
-            levels = moved
-        return levels
+    def _keys(self, utility: Tensor, target: Tensor) -> Tensor:
+        """What steps are sorted by, fp32 [B, N], never rising with the level of one sub-layer.
 
-    def _exchange(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
-        """Where cheap steps could come closer but have no room: one dear step too far, and back in cheap ones."""
-        cheapest = self.step_cost.min()
-        cheap, gap = self.step_cost == cheapest, target - self.cost(levels)
-        stuck = gap.abs() > cheapest / 2
-        step = torch.where(gap >= 0, 1, -1)[:, None]
-        moved = self._best_step(levels, utility, step, ~cheap & stuck[:, None])
-        if moved is None:
-            return levels
-        moved = self._repair(moved, utility, target, cheap)
-        better = (target - self.cost(moved)).abs() < gap.abs()
-        return torch.where(better[:, None], moved, levels)
+        A step is worth its slope, but one that pays only together with the next ones (where utilities are not concave)
+        must not stand behind them: the multiplier says which levels are reached together.
+        """
+        slopes = self._slopes(utility)
+        multiplier = self._multiplier(utility, slopes, target)
+        reached = (utility - multiplier[:, None, None] * self.relative_cost).argmax(-1)
+        slopes = slopes.view(len(utility), -1, self.grid.levels - 1)
+        below = torch.arange(1, self.grid.levels, device=slopes.device) <= reached[..., None]
+        bound = multiplier[:, None, None]
+        # Up to the level reached, the greatest slope from here to there; beyond it, the least one so far.
+        rising = slopes.masked_fill(~below, -torch.inf).flip(-1).cummax(-1).values.flip(-1)
+        falling = slopes.masked_fill(below, torch.inf).cummin(-1).values
+        return torch.where(below, torch.maximum(rising, bound), torch.minimum(falling, bound)).flatten(1)
 
-    def _best_step(self, levels: Tensor, utility: Tensor, step: Tensor, movable: Tensor) -> Tensor | None:
-        """``levels`` with one ``step`` (±1, [B, 1]) of the best utility for its cost among ``movable`` [B, S]; rows
-        without any stay as they are, and None says that all do."""
-        moved = levels + step
-        possible = movable & (moved >= self.minimum) & (moved <= self.maximum)
-        if not possible.any():
-            return None
-        gain = self._at(utility, moved.clamp(self.minimum, self.maximum)) - self._at(utility, levels)
-        gain = (gain / self.step_cost).masked_fill(~possible, -torch.inf)
-        best = gain.argmax(-1, keepdim=True)
-        return levels.scatter_add(1, best, step * possible.any(1, keepdim=True))
+    def _multiplier(self, utility: Tensor, slopes: Tensor, target: Tensor) -> Tensor:
+        """The smallest multiplier μ [B], to the resolution, whose best levels by utility − μ·cost fit ``target``."""
+        room = _ELEMENTS[utility.device.type] // utility.numel()
+        sections, rounds = next(((s, r) for s, r in _SECTIONS if s <= room), _SECTIONS[-1])
+        low = slopes.masked_fill(~self.free, torch.inf).amin(1) - 1e-3
+        high = slopes.masked_fill(~self.free, -torch.inf).amax(1) + 1e-3
+        place = torch.arange(1, sections + 1, device=utility.device) / (sections + 1)
+        for _ in range(rounds):
+            width = (high - low) / (sections + 1)
+            middle = low[:, None] + (high - low)[:, None] * place
+            scores = torch.addcmul(utility[:, None], middle[:, :, None, None], self.relative_cost, value=-1)
+            levels = scores.argmax(-1)
+            cost = self.table.expand(*levels.shape[:2], -1, -1).gather(3, levels[..., None]).sum((2, 3))
+            over = (cost > target[:, None]).sum(1)  # costs fall along the sections
+            low, high = low + over * width, low + (over + 1) * width
+        return high
+
+    def _cut(self, utility: Tensor, keys: Tensor, target: Tensor) -> Tensor:
+        """Take the steps in the order of ``keys`` [B, N] as far as ``target`` [B] goes, and settle what is left."""
+        index = keys.argsort(dim=1, descending=True, stable=True)
+        cost = torch.where(self.free | self.forced, self.steps, 0.0)[index]
+        gain = utility.diff(dim=2).flatten(1).gather(1, index)
+        filled = cost.cumsum(1)
+        # A target is rarely a round number: what misses it by less than any unit fits.
+        fits = filled <= target[:, None] + 1e-6 * self.cheapest
+        order = _Order(index, cost, gain, self.free[index] & fits | self.forced[index])
+        gap = target - (cost * order.taken).sum(1)
+        if self.is_regular:
+            return self._levels(index, self._settled(order, gap))
+        return self._refined(self._levels(index, order.taken), utility, target)
+
+    def _levels(self, index: Tensor, taken: Tensor) -> Tensor:
+        found = torch.zeros_like(taken).scatter(1, index, taken)
+        return found.view(len(found), -1, self.grid.levels - 1).sum(2)
+
+    def _settled(self, order: _Order, gap: Tensor) -> Tensor:
+        """Taken steps bool [B, N] after the gap [B] is filled with later cheap steps, or else with one dear step that
+        earlier cheap ones make room for."""
+        cheap, dear = self.cheap[order.index], (self.free & ~self.cheap)[order.index]
+        later, earlier = cheap & ~order.taken, cheap & order.taken
+        added = later & (later.cumsum(1) <= self._count(gap)[:, None])
+        first_dear = dear & ~order.taken
+        first_dear = first_dear & (first_dear.cumsum(1) == 1)
+        behind = earlier.flip(1).cumsum(1).flip(1)
+        removed = earlier & (behind <= self._count(self.dearest - gap)[:, None])
+        fill, swap = order.taken | added, (order.taken & ~removed) | first_dear
+        left_fill, left_swap = ((gap - change).abs() for change in self._changes(order, fill, swap))
+        gain = order.gain.nan_to_num(0, 0, 0)
+        better = ((swap.float() - fill.float()) * gain).sum(1) > 0
+        nearer = left_swap - left_fill
+        tie = nearer.abs() <= 1e-6 * self.cheapest
+        chosen = first_dear.any(1) & ((nearer < 0) & ~tie | tie & better)
+        return torch.where(chosen[:, None], swap, fill)
+
+    def _count(self, gap: Tensor) -> Tensor:
+        return (gap / self.cheapest).round()
 
     @staticmethod
-    def _at(utility: Tensor, levels: Tensor) -> Tensor:
-        return utility.gather(-1, levels[..., None]).squeeze(-1)
+    def _changes(order: _Order, *others: Tensor) -> list[Tensor]:
+        """By how much each choice costs more than what is taken, fp64 [B]."""
+        return [((other.double() - order.taken.double()) * order.cost).sum(1) for other in others]
+
+    def _refined(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
+        """Steps up, down, or both at once, while one brings the cost closer to the target; near it, by utility."""
+        for _ in range(_EXCHANGES):
+            moved, gap, left = self._best_exchange(levels, utility, target)
+            closer = left < gap * (1 - 1e-9)
+            if not closer.any():
+                break
+            levels = torch.where(closer[:, None], moved, levels)
+        return levels
+
+    def _best_exchange(self, levels: Tensor, utility: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels after the best exchange of a step up for a step down (either may be none), with the distances to the
+        target before and after it."""
+        gap = target - self.cost(levels)
+        cost, gain = zip(*(self._moves(levels, utility, sign) for sign in (1, -1)), strict=True)
+        change = cost[0][:, :, None] + cost[1][:, None, :]
+        left = (gap[:, None, None] - change).abs()
+        worth = (gain[0][:, :, None] + gain[1][:, None, :]).double()
+        # Beyond "close" only the distance counts; within it the utility, scaled to less than the limit.
+        limit = _CLOSE * target.abs()[:, None, None]
+        score = torch.where(left <= limit, -torch.sigmoid(worth), left / limit.clamp_min(1e-300))
+        best = score.flatten(1).argmin(1)
+        up, down = best // change.shape[2], best % change.shape[2]
+        moved = levels + _one_hot(up, levels) - _one_hot(down, levels)
+        return moved, gap.abs(), left.flatten(1).gather(1, best[:, None])[:, 0]
+
+    def _moves(self, levels: Tensor, utility: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        """Cost fp64 and utility fp32 [B, S + 1] of one step up or down in every sub-layer, and of none (the last)."""
+        moved = levels + sign
+        possible = (moved >= self.minimum) & (moved <= self.maximum)
+        moved = moved.clamp(self.minimum, self.maximum)[..., None]
+        table = self.table.expand(len(levels), -1, -1)
+        cost = (table.gather(2, moved) - table.gather(2, levels[..., None]))[..., 0]
+        gain = (utility.gather(2, moved) - utility.gather(2, levels[..., None]))[..., 0]
+        cost = cost.masked_fill(~possible, torch.inf)
+        none = torch.zeros(len(levels), 1, device=levels.device)
+        return torch.cat((cost, none.double()), 1), torch.cat((gain, none), 1)
+
+
+def _one_hot(index: Tensor, levels: Tensor) -> Tensor:
+    """int64 [B, S] with a one at ``index`` [B]; none where that is S."""
+    return (index[:, None] == torch.arange(levels.shape[1], device=levels.device)).long()
+
+
+@lru_cache(maxsize=64)
+def projector_of(grid: Grid, device: torch.device) -> Projector:
+    """A projector of parameters, made once for each grid and device."""
+    return Projector(grid).to(device)
 
 
 def nearest(fractions: Tensor, grid: Grid) -> Tensor:
     """Utilities fp32 [B, S, K] that pull every sub-layer towards kept ``fractions`` [B, S], weighted by its cost."""
-    maximum = torch.tensor(grid.maximum, device=fractions.device)
-    level = torch.arange(grid.levels, device=fractions.device) / maximum[:, None]
-    weight = maximum * torch.tensor(grid.step_cost, device=fractions.device) / grid.structure.decoder_parameters
+    level, weight = _scales(grid, fractions.device)
     return -(level - fractions[..., None]).square() * weight[:, None]
+
+
+@lru_cache(maxsize=64)
+def _scales(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every level as a share of the dense width, fp32 [S, K], and each sub-layer's share of all parameters, [S]."""
+    maximum = torch.tensor(grid.maximum)
+    weight = maximum * torch.tensor(grid.step_cost) / grid.structure.decoder_parameters
+    return (torch.arange(grid.levels) / maximum[:, None]).to(device), weight.to(device)

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from .grid import Grid
 from .policy import Policy
-from .projection import Projector, check_ratio, nearest
+from .projection import check_ratio, projector_of
 
 # The ratios that PPF learns and answers.
 RATIO_RANGE = (0.05, 0.70)
@@ -17,7 +17,7 @@ def uniform_policy(grid: Grid, ratio: float) -> Policy:
     """The policy nearest to keeping the same share 1 − ratio of every sub-layer."""
     check_ratio(ratio, grid)
     fractions = torch.full((1, grid.sublayers), 1 - ratio)
-    return grid.decode(Projector(grid)(nearest(fractions, grid), torch.tensor([ratio])))[0]
+    return grid.decode(projector_of(grid, fractions.device).nearest(fractions, torch.tensor([ratio])))[0]
 
 
 def random_levels(grid: Grid, ratio: Tensor, generator: Generator) -> Tensor:
@@ -36,7 +36,7 @@ def random_levels(grid: Grid, ratio: Tensor, generator: Generator) -> Tensor:
     kind = torch.cat((torch.ones(layers), -torch.ones(layers)))
     logits = torch.logit(1 - ratio)[:, None] + scale * draw(batch, 2 * layers)
     logits += 0.5 * draw(batch, 1) * kind + 0.5 * draw(batch, 1) * depth
-    return Projector(grid)(nearest(torch.sigmoid(logits), grid), ratio)
+    return projector_of(grid, ratio.device).nearest(torch.sigmoid(logits), ratio)
 
 
 def random_ratios(count: int, generator: Generator) -> Tensor:
@@ -53,7 +53,7 @@ def mutate(
 
     Give ``ratio`` when mutants are mutated again: every generation may be half a step off the one before.
     """
-    device, projector = levels.device, Projector(grid).to(levels.device)
+    device, projector = levels.device, projector_of(grid, levels.device)
     own = 1 - projector.cost(levels) / grid.structure.decoder_parameters
     budget = own if ratio is None else torch.as_tensor(ratio, device=device).to(own).expand(len(levels))
     count = torch.randint(1, swaps + 1, (len(levels), 1), generator=generator)
@@ -64,4 +64,4 @@ def mutate(
     moved = (levels + (chosen * sign * size).to(device)).clamp(projector.minimum, projector.maximum)
     # A little noise decides which of many equal neighbours pays for what the swaps leave over.
     noise = 1e-4 * torch.rand((*levels.shape, 1), generator=generator).to(device)
-    return projector(nearest(moved / projector.maximum, grid) * (1 + noise), budget)
+    return projector.nearest(moved / projector.maximum, budget, weight=1 + noise[..., 0])
