@@ -14,6 +14,7 @@ from ppf.evaluation import Evaluator, batched
 from ppf.evaluation.divergence import Divergences
 from ppf.evaluation.plan import executed, order, shared, walk
 from ppf.evaluation.serial import Serial
+from ppf.evaluation.staged import survivors
 from ppf.grid import Grid
 from ppf.library import Library, refit_layer
 from ppf.policy import Policy
@@ -182,6 +183,23 @@ def test_fewer_tokens_are_a_part_of_the_text():
     assert ours.log_perplexity(POLICIES[1], tokens=10**9) == ours.log_perplexity(POLICIES[1])
     with pytest.raises(InputError, match="tokens"):
         ours.log_perplexities(POLICIES, tokens=0)
+
+
+def test_stages_reject_early_and_keep_the_best():
+    _, weights = dense_weights()
+    ours = evaluator(weights, random_ranking(weights.structure), tokens(8, 24))
+    policies, seen = population(ours.grid), []
+    plain = ours.log_perplexities
+    ours.log_perplexities = lambda these, count=None: (seen.append((len(these), count)), plain(these, count))[1]
+    found = survivors(ours, policies, ((48, 6), (96, 3), (None, 2)))
+    assert seen == [(15, 48), (6, 96), (3, None)]  # one of the sixteen came twice
+    first = dict(zip(policies, plain(policies, 48), strict=True))
+    second = sorted(sorted(first, key=first.get)[:6], key=lambda p: plain([p], 96)[0])[:3]
+    assert found == sorted(((p, plain([p])[0]) for p in second), key=lambda pair: pair[1])[:2]
+    seen.clear()  # a text shorter than the stages is measured once
+    assert survivors(ours, policies)[0][1] == min(plain(policies)) and len(seen) == 1
+    with pytest.raises(InputError, match="stages"):
+        survivors(ours, policies, ((None, 0),))
 
 
 def exact_divergences(ours: Evaluator, policies: list[Policy]) -> list[float]:

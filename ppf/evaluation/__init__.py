@@ -69,6 +69,10 @@ class Evaluator:
         count, length = sequences.shape
         return (self._engine(sequences).losses(self._levels(policies)) / (count * (length - 1))).tolist()
 
+    def sequences_of(self, tokens: int | None) -> int:
+        """How many sequences ``tokens`` asks for."""
+        return len(take_tokens(self.sequences, tokens))
+
     def divergences(self, policies: Sequence[Policy], tokens: int | None = None) -> list[float]:
         """KL(dense ‖ policy) per predicted token in nats, in order, from the dense model's 64 likeliest tokens and the
         rest as one: a lower bound. ``tokens`` as in :meth:`log_perplexities`."""
