@@ -2,9 +2,9 @@
 
     python benchmarks/bench_decode.py --output benchmarks/results/decode_h200.json [--compiled] [--model llama-2-7b]
 
-Dense, and with half of the kv-groups and channels of every layer. Medians of whole ``generate()`` calls; what the
-columns mean is in ppf/runtime/benchmark.py. ``--compiled`` adds stock generation with a static cache and
-torch.compile, which compiles for a minute a model.
+Dense, and with half of the kv-groups and channels of every layer; then one elastic model, switched between uniform
+policies. Medians of whole ``generate()`` calls; what the columns mean is in ppf/runtime/benchmark.py. ``--compiled``
+adds stock generation with a static cache and torch.compile, which compiles for a minute a model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import datetime
 import json
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ import transformers
 import triton
 from transformers import LlamaConfig, PreTrainedModel
 
-from ppf.models import build
+from ppf.grid import Grid
+from ppf.library import Library, Refit
+from ppf.models import PPFLlamaConfig, build
 from ppf.models.layout import expected_tensors
+from ppf.policy import Policy
 from ppf.runtime.benchmark import Ceilings, decode_row, measure_ceilings, prefill_row, rows_as_dicts
+from ppf.runtime.elastic import ElasticLlamaForCausalLM
+from ppf.weights import DecoderWeights
 
 COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "head_dim": 128, "max_position_embeddings": 4096}
 MODELS = {
@@ -66,6 +72,66 @@ def measure(model: PreTrainedModel, ratio: float, runners: list[str], ceilings: 
     return rows_as_dicts(rows)
 
 
+def elastic(name: str, ceilings: Ceilings) -> dict[str, Any]:
+    """Milliseconds of switching, speed on prefix views, and memory, of one elastic model.
+
+    Its library is real in size and in what it solves, but all layers share one layer's factors: the 26 GB of a whole
+    one would take minutes to make, and no figure here depends on its values.
+    """
+    dense = model_of(name, 1.0)
+    weights, fields = DecoderWeights.from_model(dense), dense.config.to_dict()
+    grid = Grid(weights.structure, 256)
+    config = PPFLlamaConfig(**{k: v for k, v in fields.items() if k not in ("model_type", "architectures")})
+    model = build(config, dense.state_dict(), torch.bfloat16, None, ElasticLlamaForCausalLM)
+    del dense
+    result = {}
+    for kind, library in (("without refit", None), ("with refit", shared_library(weights, grid))):
+        model.attach(grid, weights, library, lambda ratio: uniform(grid, ratio))
+        first = [switch(model, ratio) for ratio in (0.3, 0.5)]
+        resident = [switch(model, ratio) for ratio in (0.3, 0.5) * 10]
+        result[kind] = {"first_ms": first, "again_ms_median": median(resident), "again_ms_max": max(resident)}
+        rows = []
+        for ratio in (0.0, 0.3, 0.5):
+            model.set_ratio(ratio)
+            rows.append(decode_row(model, "ppf", 1, 128, 128, ceilings, ratio))
+            rows.append(prefill_row(model, "ppf", 1, 2048, ceilings, ratio))
+        result[kind]["rows"] = rows_as_dicts(rows)
+        result[kind]["weight_gigabytes"] = sum(p.nbytes for layer in weights.layers for p in vars(layer).values()) / 1e9
+        print(kind, result[kind], flush=True)
+    return result
+
+
+def switch(model: ElasticLlamaForCausalLM, ratio: float) -> float:
+    """Milliseconds until the model has ``ratio``, the device included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    model.set_ratio(ratio)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def uniform(grid: Grid, ratio: float) -> Policy:
+    """The same share of every layer."""
+    s = grid.structure
+    step = grid.ffn_multiple
+    layer = round((1 - ratio) * s.kv_groups), round((1 - ratio) * s.channels / step) * step
+    return Policy([layer[0]] * s.layers, [layer[1]] * s.layers)
+
+
+def shared_library(weights: DecoderWeights, grid: Grid) -> Library:
+    """A library whose layers share one pair of factors."""
+
+    def factors(dense: torch.Tensor, widths: list[int]) -> Refit:
+        n = dense.shape[1]
+        inverse = torch.eye(n, device="cuda") + 0.01 / n * torch.randn(n, n, device="cuda").tril_()
+        return Refit(dense, dense.float(), inverse, tuple(widths), torch.zeros(len(widths)))
+
+    s, layer = grid.structure, weights.layers[0]
+    attention = factors(layer.o, [level * s.group_rows for level in range(s.kv_groups + 1)])
+    ffn = factors(layer.down, [level * grid.ffn_multiple for level in range(grid.maximum[-1] + 1)])
+    return Library([attention] * s.layers + [ffn] * s.layers, cache_bytes=40 << 30)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -92,7 +158,8 @@ def main() -> None:
             del model
             torch.cuda.empty_cache()
             print(f"{name} {keep}: {time.perf_counter() - start:.0f} s", flush=True)
-        report["models"][name] = rows
+        report["models"][name] = {"rows": rows, "elastic": elastic(name, ceilings)}
+        torch.cuda.empty_cache()
         temporary = arguments.output.with_suffix(".part")
         temporary.write_text(json.dumps(report, indent=1) + "\n")
         temporary.replace(arguments.output)

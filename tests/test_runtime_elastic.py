@@ -74,6 +74,8 @@ def test_refits_differ_from_plain_columns(model, run, refit):
 
 
 def test_ratios_are_the_run_s(model, run):
+    for ratio in (0.01, 0.07, 0.355, 0.6):  # known from loading on, and asked for
+        assert model.set_ratio(ratio) == run.policy(ratio).policy
     assert model.set_ratio(0.3) == run.policy(0.3).policy == model.policy
     assert model.ratio == run.policy(0.3).delivered_ratio
     with model.at(0.5) as inside:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,11 +43,13 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
     """A Llama of any size. Made by ``ppf.load(RUN, elastic=True)``; starts dense."""
 
     def attach(
-        self, grid: Grid, weights: DecoderWeights, library: Library | None, choose: Callable[[float], Policy]
-    ) -> None:
+        self, grid: Grid, weights: DecoderWeights, library: Library | None, choose: Callable[[float], Policy],
+        chosen: Mapping[float, Policy] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Take ``weights`` (in ranking order, the tensors this model was built from) and what goes with them.
 
-        ``choose`` gives a ratio's policy, ``library`` the refitted o and down (without: the dense columns).
+        ``choose`` gives a ratio's policy unless ``chosen`` holds it, ``library`` the refitted o and down (without it,
+        the dense columns stay).
         """
         state = RuntimeState()
         state.plan = plan_of(self)
@@ -55,7 +58,7 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         dense = grid.dense()
         self.__dict__.update({
             "_grid": grid, "_weights": weights, "_library": library, "_choose": choose, STATE: state,
-            "_plans": OrderedDict({dense: state.plan}), "_chosen": {0.0: dense}, "_policy": dense,
+            "_plans": OrderedDict({dense: state.plan}), "_chosen": {**chosen, 0.0: dense}, "_policy": dense,
             "_dense_plan": state.plan, "_slots": [_slots(layer) for layer in self.model.layers],
         })  # fmt: skip
 
@@ -72,7 +75,8 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
     def set_ratio(self, ratio: float) -> Policy:
         """Take the run's policy for ``ratio`` (0 is dense) and return it.
 
-        The agent is asked once a ratio. Raises ``InputError`` for a ratio that the run cannot give.
+        The policies of whole percents are known from loading on; for others the agent is asked once. Raises
+        ``InputError`` for a ratio that the run cannot give.
         """
         if ratio not in self._chosen:
             self._chosen[ratio] = self._choose(ratio)

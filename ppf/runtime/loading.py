@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from .. import checkpoint
 from ..errors import InputError
 from ..models import PPFLlamaConfig, build
+from ..policy import Policy
 from ..run import Run
 from ..weights import DecoderWeights, permute_layer
 from .elastic import ElasticLlamaForCausalLM
@@ -37,9 +38,10 @@ def _elastic(run: Run, dtype: str | torch.dtype, refit: bool) -> ElasticLlamaFor
     run.require_model()
     dense = checkpoint.load_dense(run.model_path, str(run.device), dtype)
     weights = _permute(dense, run)
-    # The run's own view of the same tensors, so that its library refers to them and nothing is held twice.
-    run.permuted = weights
+    # The run sees the same tensors, so that its library refers to them and nothing is held twice.
+    run.weights = run.permuted = weights
     library = run.library if refit else None
+    del run.weights  # they are no longer in checkpoint order, as it promises
     fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
     state = dense.state_dict()
     if dense.config.tie_word_embeddings:
@@ -47,8 +49,15 @@ def _elastic(run: Run, dtype: str | torch.dtype, refit: bool) -> ElasticLlamaFor
     config = PPFLlamaConfig(**fields)
     model = build(config, state, dense.dtype, dense.generation_config, ElasticLlamaForCausalLM)
     model.config._name_or_path = str(run.path)
-    model.attach(run.grid, weights, library, lambda ratio: run.policy(ratio).policy)
+    model.attach(run.grid, weights, library, lambda ratio: run.policy(ratio).policy, _percents(run))
     return model
+
+
+@torch.no_grad()
+def _percents(run: Run) -> dict[float, Policy]:
+    """The agent's policies for all whole percents that the structure can give, in one forward pass."""
+    ratios = [percent / 100 for percent in range(1, 100) if percent / 100 <= run.grid.maximum_ratio]
+    return dict(zip(ratios, run.grid.decode(run.agent(torch.tensor(ratios))), strict=True))
 
 
 @torch.no_grad()
