@@ -140,6 +140,18 @@ def test_nothing_global_of_matplotlib_changes():
     assert dict(matplotlib.rcParams) == before
 
 
+def test_lines_are_told_apart_and_logarithmic_axes_show_plain_numbers():
+    with figure() as (fig, ax):
+        for index in range(3 * len(SERIES)):
+            ax.plot([0, 1], [30, 40 + index])
+        ax.set(xlabel="ratio (%)", ylabel="perplexity", yscale="log")
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == len(ax.lines)
+    page = Page("Logarithmic")
+    page.figure(fig, "A caption.")
+    labels = re.findall(r"<(?:text|tspan)[^>]*>([^<]*)<", page.html())
+    assert "40" in labels and not any("×" in label for label in labels)
+
+
 def test_text_has_contrast_in_both_themes():
     """At least 4.5:1 (WCAG 2.1, AA) for text, 3:1 for the lines of plots."""
     for theme in (0, 1):

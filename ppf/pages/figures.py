@@ -46,7 +46,10 @@ _RC: dict[str, Any] = {
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
-    "axes.prop_cycle": cycler(color=SERIES),
+    # More lines than colours: the next round is dashed, then dotted.
+    "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=SERIES),
+    # 40 on a logarithmic axis, not 4 x 10^1.
+    "axes.formatter.min_exponent": 4,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
