@@ -59,16 +59,15 @@ def measure(model: PreTrainedModel, ratio: float, runners: list[str], ceilings: 
     """All rows of one model, printed as they come."""
     rows = []
     for runner in runners:
-        repeats = 5 if runner == "ppf" else 3
-        for batch, length in ((1, 2048), (8, 2048)):
-            if runner != "compiled":
-                rows.append(prefill_row(model, runner, batch, length, ceilings, ratio, repeats))
-        for batch, new_tokens in ((1, 256), (16, 128)):
-            if runner != "compiled" or batch == 1:
-                fewer = new_tokens if runner != "eager" else 48
-                rows.append(decode_row(model, runner, batch, 128, fewer, ceilings, ratio, 3 if runner == "ppf" else 2))
-        for row in rows[-4:]:
-            print(row, flush=True)
+        if runner != "compiled":
+            rows += [prefill_row(model, runner, batch, 2048, ceilings, ratio, 5) for batch in (1, 8)]
+        if runner == "ppf":
+            rows += [decode_row(model, runner, batch, 128, 256, ceilings, ratio) for batch in (1, 16, 64)]
+        else:
+            # Eager steps take as long as they take, however many; compiled ones are compiled for one length.
+            rows.append(decode_row(model, runner, 1, 128, 256 if runner == "compiled" else 32, ceilings, ratio, 1))
+    for row in rows:
+        print(row, flush=True)
     return rows_as_dicts(rows)
 
 

@@ -17,7 +17,7 @@ ON_CPU = ["--device", "cpu"]
 
 
 def test_a_checkpoint(one_thread, monkeypatch):
-    monkeypatch.setattr(benchmark, "_WARM_UP", 0)
+    monkeypatch.setattr(benchmark, "_WARM_UP", dict.fromkeys(benchmark.RUNNERS, 0))
     data = answer("bench", TINY, *SHORT, "--batches", "1,2", *ON_CPU)
     measured = [(r["phase"], r["runner"], r["batch"]) for r in data["rows"]]
     assert measured == [(p, r, b) for b in (1, 2) for r in ("ppf", "eager") for p in ("prefill", "decode")]
