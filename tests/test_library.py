@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from ppf.calibration import LayerStatistics, Statistics, calibrate
 from ppf.errors import PPFError
 from ppf.grid import Grid
-from ppf.library import DAMPING, Library, library_bytes, load_refits, refit, refit_layer, save_refits
+from ppf.library import DAMPING, Library, fits_on_device, library_bytes, load_refits, refit, refit_layer, save_refits
+from ppf.structure import Structure
 from ppf.weights import permute_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,6 +196,18 @@ def test_factors_may_stay_in_their_file(tmp_path, layer_refits):
     assert all(
         torch.equal(a, b) for x, y in zip(refits, mapped, strict=True) for a, b in zip(every(x), every(y), strict=True)
     )
+
+
+def test_factors_go_to_the_gpu_only_with_room_for_their_solutions(monkeypatch):
+    grid = Grid(Structure(layers=32, hidden=4096, kv_groups=32, heads_per_group=1, head_dim=128, channels=11008), 688)
+    sizes = [(11008, range(0, 11009, 688)), (4096, range(0, 4097, 128))]
+    factors = 32 * sum(4 * n * (n + 4096) for n, _ in sizes)
+    solutions = 32 * sum(2 * 4096 * sum(widths) for _, widths in sizes)
+    assert library_bytes(grid) == factors and solutions / 1e9 == pytest.approx(42.2, abs=0.1)
+    for free, fits in ((factors + solutions) / 0.75 * 1.001, True), ((factors + solutions) / 0.75 * 0.999, False):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 80 << 30))
+        assert fits_on_device(grid, torch.bfloat16, torch.device("cuda")) is fits
+    assert fits_on_device(grid, torch.bfloat16, torch.device("cpu"))  # mapped files, whatever is free
 
 
 def test_library_bytes_are_those_on_disk(tmp_path, layer_refits):
