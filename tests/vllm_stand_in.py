@@ -124,14 +124,12 @@ class DeciLMForCausalLM(nn.Module):
         """Fused weights are filled part by part, in any order; every row must be filled."""
         parameters, filled = dict(self.named_parameters()), {}
         for name, weight in weights:
-            module, part = name.removesuffix(".weight").rpartition(".")[::2]
-            target = f"{module}.{_PARTS.get(part, part)}.weight"
-            rows = len(parameters[target])
-            start = {"k_proj": rows - 2 * len(weight), "v_proj": rows - len(weight), "up_proj": len(weight)}.get(
-                part, 0
-            )
-            parameters[target].data[start : start + len(weight)] = weight
-            filled[target] = filled.get(target, 0) + len(weight)
+            *_, part, _ = name.split(".")
+            target, rows = name.replace(part, _PARTS.get(part, part)), len(weight)
+            # From the front: gate and q. From the back: up and v, and k before v.
+            start = {"k_proj": -2 * rows, "v_proj": -rows, "up_proj": -rows}.get(part, 0)
+            parameters[target].data[start:][:rows] = weight
+            filled[target] = filled.get(target, 0) + rows
         assert filled == {name: len(parameter) for name, parameter in parameters.items()}
         return set(filled)
 
