@@ -9,7 +9,7 @@ NATIVE := $(wildcard csrc/* cmake/*)
 # Threads that spin while they wait halve the speed of a machine that has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs wheel clean
 demo: $(STAMP)
 	$(BIN)/ppf demo
 
@@ -19,6 +19,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(STAMP)
+	$(BIN)/python docs/api.py
+	$(BIN)/python benchmarks/report.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist
