@@ -54,6 +54,17 @@ def dense(dtype: torch.dtype = torch.float32, **changes):
     return ppf.accelerate(llama(llama_config(**changes), dtype=dtype).to(DEVICE))
 
 
+def uneven(model):
+    """``model`` with the leading units of every layer, fewer in every second one, and no FFN in layer 1."""
+    s = ppf.Structure.from_config(model.config)
+    groups = [s.kv_groups // (1 + index % 2) for index in range(s.layers)]
+    channels = [0 if index == 1 else s.channels // (1 + index % 3) for index in range(s.layers)]
+    config, source = pruned_config(model.config, Policy(groups, channels)), model.state_dict()
+    shapes = expected_tensors(config).items()
+    state = {name: source[name][tuple(slice(n) for n in shape)].clone() for name, shape in shapes}
+    return build(config, state, model.dtype, model.generation_config)
+
+
 def prompts(*lengths: int) -> dict[str, Tensor]:
     """Random prompts, padded on the left with token 0."""
     longest = max(lengths)
@@ -284,6 +295,17 @@ def test_other_models_are_refused():
         ppf.accelerate(Qwen2ForCausalLM(config))
     with pytest.raises(InputError, match="biases"):
         ppf.accelerate(copy.deepcopy(llama(llama_config())).__class__(llama_config(attention_bias=True)))
+
+
+@pytest.mark.reference
+def test_the_reference_model_says_the_same(reference, served):
+    """Real weights, prompts of different lengths: the same text, dense and pruned."""
+    model = ppf.load(reference / "models" / "ref-14m", DEVICE, torch.float32)
+    inputs = prompts(24, 11, 3)
+    for accelerated in (ppf.accelerate(model), uneven(model)):
+        got, wanted = both(accelerated, **inputs, max_new_tokens=96, **GREEDY)
+        assert torch.equal(got, wanted)
+    assert len(served) == 2
 
 
 @pytest.mark.gpu

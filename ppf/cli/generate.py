@@ -44,6 +44,7 @@ def _generate(
     import torch
 
     from ..checkpoint import load_tokenizer
+    from ..runtime.generation import generate as run
 
     tokenizer, loaded = load_tokenizer(model), load_for_computing(model, device, dtype)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(loaded.device)
@@ -54,8 +55,13 @@ def _generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()
-    output = loaded.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, pad_token_id=0, **sampling
+    output = run(
+        loaded,
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=0,
+        **sampling,
     )
     seconds = time.perf_counter() - start
     tokens = output.shape[1] - given
