@@ -251,6 +251,13 @@ def test_prompts_of_one_length_again_and_again(served):
     assert len(served) == 12
 
 
+def test_inside_and_outside_of_inference_mode(served):
+    model, inputs = dense(), prompts(5)
+    with torch.inference_mode():
+        first = model.generate(**inputs, max_new_tokens=6, **GREEDY)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, **GREEDY), first) and len(served) == 2
+
+
 def test_hooks_and_adapters_are_not_bypassed(served):
     model, inputs = dense(), prompts(4)
     first = model.generate(**inputs, max_new_tokens=8, **GREEDY)

@@ -30,7 +30,7 @@ from ..models import PPFLlamaForCausalLM
 from ..policy import Policy
 from ..weights import DecoderWeights
 from .engine import Engine
-from .generation import STATE, RuntimeState
+from .generation import STATE, RuntimeState, on_device
 from .plan import Attention, FeedForward, Layer, Plan, plan_of
 
 # Policies whose views, refits and graphs are kept. A policy's own refits of a 7B at half size are some 2 GB.
@@ -114,7 +114,7 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         ``length`` tokens, so that switching to them later takes no time. At most ``MAX_POLICIES`` are kept.
         """
         for choice in choices:
-            with self.at(choice):
+            with self.at(choice), on_device(self.device):
                 if self.device.type == "cuda":
                     state = self.__dict__[STATE]
                     state.engine.session(state.plan, batch, length)

@@ -29,6 +29,11 @@ class Engine:
 
     def session(self, plan: Plan, batch: int, positions: int) -> Session:
         """A session for ``batch`` sequences of ``positions`` tokens, its graph recorded."""
+        # Buffers made inside torch.inference_mode() could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._session(plan, batch, positions)
+
+    def _session(self, plan: Plan, batch: int, positions: int) -> Session:
         positions = -(-positions // POSITION_STEP) * POSITION_STEP
         if self._storage.reserve(batch * positions):
             self._sessions.clear()

@@ -7,6 +7,7 @@ decoding loop; here that loop is ours. What ours cannot do goes to transformers'
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -97,9 +98,15 @@ class _Loop:
             return type(model)._sample(model, input_ids, **dict(zip(names, parts, strict=True)), **model_kwargs)
         try:
             request = Request(input_ids, start, bool(start.any()), *parts)
-            return run(state.engine.session(state.plan, len(input_ids), request.limit), request)
+            with on_device(model.device):
+                return run(state.engine.session(state.plan, len(input_ids), request.limit), request)
         finally:
             state.engine.lock.release()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def prefill(session: Session, ids: Tensor, padded: bool) -> None:
     else:
         known = session.prompts[key]
         if known is None:
-            held = ids.clone()
+            with torch.inference_mode(False):  # as the session's buffers
+                held = ids.clone()
             known = session.prompts[key] = session.record(lambda: _run(session, held, padded)), held
         session.prompts.move_to_end(key)
         graph, held = known
