@@ -19,8 +19,8 @@ from .collection import Learning, collect, learn
 from .errors import InputError
 from .exploration import check_evaluations
 from .files import require_space, write_json, write_safetensors
-from .grid import Grid
 from .library import library_bytes, refit_layer, save_refits
+from .portable import portable_settings
 from .precision import compute_dtype
 from .progress import Progress, silent
 from .ranking import rank_layer
@@ -59,7 +59,8 @@ def fit(
     config = checkpoint.check_checkpoint(model)
     structure = Structure.from_config(config)
     check_context(settings.sequence_length, config.max_position_embeddings)
-    check_evaluations(settings.evaluations, Grid(structure, settings.ffn_multiple))
+    settings = portable_settings(settings, structure) if settings.portable else settings
+    check_evaluations(settings.evaluations, settings.grid(structure))
     dense = _prepare(model, text, eval_text, output, settings, structure, target)
     run = Run(output, device=str(target), dense=dense)
     if not run.is_complete:
@@ -95,7 +96,7 @@ def _prepare(
     tokenizer = checkpoint.load_tokenizer(model)
     parts = _splits(tokenizer, text, eval_text, settings)
     dense = checkpoint.load_dense(model, device=str(device))
-    require_space(output, library_bytes(Grid(structure, settings.ffn_multiple)) + _OTHER_FILES)
+    require_space(output, library_bytes(settings.grid(structure)) + _OTHER_FILES)
     output.mkdir(parents=True, exist_ok=True)
     tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
     write_safetensors(output / _TEXTS, tensors)

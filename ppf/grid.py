@@ -20,10 +20,12 @@ from .structure import Structure
 
 @dataclass(frozen=True)
 class Grid:
-    """The widths allowed on ``structure``. Layer 0 keeps at least one kv-group (see docs: what a policy may be)."""
+    """The widths allowed on ``structure``. Layer 0 keeps at least one kv-group (see docs: what a policy may be);
+    ``portable`` policies keep all attention (see :mod:`ppf.portable`)."""
 
     structure: Structure
     ffn_multiple: int = 64
+    portable: bool = False
 
     def __post_init__(self) -> None:
         channels = self.structure.channels
@@ -55,8 +57,10 @@ class Grid:
 
     @cached_property
     def minimum(self) -> tuple[int, ...]:
-        """Lowest level of every sub-layer, length S: 1 for the attention of layer 0, else 0."""
-        return (1,) + (0,) * (self.sublayers - 1)
+        """Lowest level of every sub-layer, length S: 1 for layer 0's attention, all of portable attention, else 0."""
+        layers = self.structure.layers
+        attention = self.maximum[:layers] if self.portable else (1,) + (0,) * (layers - 1)
+        return attention + (0,) * layers
 
     @cached_property
     def step_cost(self) -> tuple[int, ...]:

@@ -1,4 +1,97 @@
-"""What every reader accepts: attention whole in every layer, FFN widths in multiples of 256 or none."""
+"""Policies that every reader accepts: attention whole in every layer, FFN widths in multiples of 256 or none.
+
+Whole attention, because DeciLM has one number of query heads for the model and vLLM's general back end gives every
+layer a cache. 256, because DeciLM's readers round up to it and GGUF's K-quants need it; where it does not divide the
+model's width, the largest divisor below it, which all readers but DeciLM's accept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .breeding import breed, cautious
+from .errors import InputError
+from .grid import Grid
+from .measurement import measure_many
+from .policy import Policy
+from .projection import check_ratio, projector_of
+from .results import Choice
+from .run import Run
+from .sampling import random_levels
+from .search import SEARCH_ROUND
+from .settings import Settings
+from .structure import Structure
 
 MULTIPLE = 256
-"""DeciLM's readers round FFN widths up to it, and GGUF's K-quants need it."""
+_CAUTION = 1.0  # standard deviations: breeding goes where the predictor was never asked
+_RANDOM, _KNOWN = 24, 24
+_MEASURED = 8
+
+
+def portable_multiple(structure: Structure) -> int:
+    """The step of portable FFN widths: 256, or else the largest smaller number that divides the channels."""
+    return next(m for m in range(MULTIPLE, 0, -1) if structure.channels % m == 0)
+
+
+def portable_settings(settings: Settings, structure: Structure) -> Settings:
+    """``settings`` on a portable grid: a larger FFN multiple than the portable one stays if it is a multiple of it."""
+    step = portable_multiple(structure)
+    return settings if settings.ffn_multiple % step == 0 else replace(settings, ffn_multiple=step)
+
+
+def portable_grid(run: Run) -> Grid:
+    """The portable policies among those of ``run``. Raises ``InputError`` if its own FFN widths do not hit them."""
+    step = portable_multiple(run.structure)
+    if run.grid.ffn_multiple % step == 0:
+        step = run.grid.ffn_multiple
+    if step % run.grid.ffn_multiple:
+        problem = f"the run's FFN widths are multiples of {run.grid.ffn_multiple}, which do not hit those of {step}"
+        raise InputError("portable", True, problem, "Fit the model with --portable")
+    return Grid(run.structure, step, portable=True)
+
+
+def choose_portable(run: Run, ratio: float) -> Choice:
+    """A portable policy of ``ratio``, and what it costs beside the agent's own.
+
+    Bred on the predictor among portable policies only; the most promising are measured truly, and so is the agent's
+    policy for the same ratio. Their figures are the choice's ``portable``. Raises ``InputError`` for a ratio beyond
+    what portable policies can give.
+    """
+    grid = portable_grid(run)
+    check_ratio(ratio, grid)
+    free = run.policy(ratio)
+    candidates = grid.decode(_bred(run, grid, free.policy, ratio)[:_MEASURED])
+    policies = list(dict.fromkeys([*candidates, free.policy]))
+    values = measure_many(run.evaluator(), run.experience, policies, SEARCH_ROUND, "search")
+    measured = dict(zip(policies, values, strict=True))
+    best = min(candidates, key=measured.__getitem__)
+    return Choice(best, "portable", ratio, portable=_cost(measured[best], measured[free.policy], free.policy))
+
+
+def _cost(portable: float, free: float, policy: Policy) -> dict[str, Any]:
+    """Perplexities by masked evaluation on the run's evaluation text; ``cost`` is their quotient less one."""
+    return {
+        "perplexity": math.exp(portable),
+        "unrestricted": {
+            "perplexity": math.exp(free),
+            "policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)},
+        },
+        "cost": math.exp(portable - free) - 1,
+    }
+
+
+def _bred(run: Run, grid: Grid, free: Policy, ratio: float) -> Tensor:
+    """Levels int64 [P, S] on ``grid``, most promising first."""
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    near = sorted(run.experience.rows(), key=lambda row: row.log_perplexity + 100 * abs(row.ratio - ratio))
+    known = run.grid.encode([free, *(row.policy for row in near[:_KNOWN])]) / torch.tensor(run.grid.maximum)
+    moved = projector_of(grid, known.device).nearest(known, torch.full((len(known),), ratio))
+    start = torch.cat((moved, random_levels(grid, torch.full((_RANDOM,), ratio), generator)))
+    opinion = cautious(run.predictor, _CAUTION)
+    scale = torch.tensor(grid.steps) // torch.tensor(run.grid.steps)
+    return breed(start[None], torch.tensor([ratio]), lambda levels: opinion(levels * scale), grid, generator)[0]

@@ -37,7 +37,8 @@ def check_ratio(ratio: float, grid: Grid) -> None:
     if not 0 < ratio < 1:  # also refuses NaN
         raise InputError("ratio", ratio, "is not a share of parameters", "Use a number between 0 and 1, such as 0.3")
     if ratio > grid.maximum_ratio:
-        remedy = f"The maximum for this model is {grid.maximum_ratio:.4f} (layer 0 keeps one kv-group)"
+        stays = "portable policies keep all attention" if grid.portable else "layer 0 keeps one kv-group"
+        remedy = f"The maximum for this model is {grid.maximum_ratio:.4f} ({stays})"
         raise InputError("ratio", ratio, "is more than the structure can give", remedy)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
 from ._version import versions
+from .budget import Budget
 from .errors import InputError
 from .experience import Experience
 from .files import check_output
@@ -18,6 +19,7 @@ from .policy import Policy
 from .progress import Progress, silent
 from .projection import check_ratio
 from .protocol import Protocol
+from .request import answer, verified
 from .run import Run
 from .scoring import in_compute_dtype, model_log_perplexity
 from .search import Search
@@ -25,15 +27,17 @@ from .search import Search
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy and where it comes from: "agent", "search", "given" by the user, or "uniform".
+    """A policy and where it comes from: "agent", "search", "portable", "given" by the user, or "uniform".
 
-    ``requested_ratio`` is None for a given policy; ``evaluations`` is what a search spent, else 0.
+    ``requested_ratio`` is None for a given policy; ``evaluations`` is what a search spent, else 0; ``portable`` is what
+    a portable policy costs.
     """
 
     policy: Policy
     source: str
     requested_ratio: float | None = None
     evaluations: int = 0
+    portable: dict[str, Any] | None = None
 
 
 def choose(
@@ -58,6 +62,19 @@ def choose(
     searcher = Search(run.evaluator(), experience or run.experience, predictor, run.agent, ratio, run.settings.seed)
     policy, _ = searcher.run(search, progress)
     return Choice(policy, "search", ratio, search)
+
+
+def choose_for(run: Run, budget: Budget, search: int | None = None, progress: Progress = silent) -> Choice:
+    """As :func:`choose`, for a budget in any unit. A search needs one that is a ratio, or comes to one: memory."""
+    if budget.kind == "ratio":
+        return choose(run, budget.requested, search, progress)
+    if search is None:
+        return Choice(answer(run, budget).policy, "agent", budget=budget)
+    if budget.kind != "memory-gb":
+        remedy = "Leave out --search, or ask with --ratio or --memory-gb"
+        raise InputError("search", search, f"is not possible for --{budget.kind} yet", remedy)
+    found = choose(run, 1 - budget.kept, search, progress)
+    return replace(found, requested_ratio=None, budget=budget)
 
 
 def read_policy(path: str | Path) -> Policy:
@@ -101,8 +118,11 @@ def deliver(run: Run, choice: Choice, output: str | Path, force: bool = False, p
     facts = {"dtype": _name(scored.dtype), "device": str(run.device)}
     report = _report(run, choice) | {
         "parameters": {"dense": run.dense.num_parameters(), "pruned": model.num_parameters()},
+        "budget": verified(run, choice.budget, choice.policy, model) if choice.budget else None,
         "measured": _both(measured) | facts | {"protocol": Protocol.of_run(run, sequences).to_dict()},
     }
+    if choice.portable is not None:
+        report["portable"] = choice.portable
     checkpoint.save(model, tokenizer, output, report, force)
     return report
 

@@ -29,7 +29,6 @@ from .calibration import Moments
 from .errors import InputError
 from .evaluation import Evaluator
 from .experience import Experience
-from .grid import Grid
 from .library import TENSORS, Library, fits_on_device, load_refits
 from .policy import Policy
 from .precision import compute_dtype
@@ -68,7 +67,7 @@ class Run:
         self.device = checkpoint.resolve_device(device)
         self.settings = Settings.from_dict(self.manifest["settings"])
         self.structure = Structure(**self.manifest["structure"])
-        self.grid = Grid(self.structure, self.settings.ffn_multiple)
+        self.grid = self.settings.grid(self.structure)
         if dense is not None:
             self.dense = dense
 
@@ -220,7 +219,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         for name, kind in _FIELDS.items():
             if not isinstance(manifest[name], kind):
                 raise TypeError(name)
-        Grid(Structure(**manifest["structure"]), Settings.from_dict(manifest["settings"]).ffn_multiple)
+        Settings.from_dict(manifest["settings"]).grid(Structure(**manifest["structure"]))
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "no such folder" if not path.is_dir() else f"no readable {MANIFEST} in it ({type(error).__name__})"

@@ -8,7 +8,9 @@ from typing import Any
 from . import agent as agent_kinds
 from . import predictor as predictor_kinds
 from .errors import InputError
+from .grid import Grid
 from .ranking import ranking_named
+from .structure import Structure
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Settings:
     evaluation_tokens: int = 16_384
     predictor: str = predictor_kinds.DEFAULT
     agent: str = agent_kinds.DEFAULT
+    portable: bool = False
 
     def __post_init__(self) -> None:
         ranking_named(self.ranking)
@@ -41,6 +44,10 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(name.replace("_", "-"), value, why, f"Use a whole number, at least {least}")
+
+    def grid(self, structure: Structure) -> Grid:
+        """The grid of policies that a fit with these settings learns."""
+        return Grid(structure, self.ffn_multiple, self.portable)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -28,8 +28,11 @@ def fit(
     sequence_length: SequenceLength = 512,
     calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,
     evaluation_tokens: Annotated[int, typer.Option(help="At most so many tokens of evaluation text.")] = 16_384,
-    predictor: Annotated[str | None, typer.Option(help="Kind of predictor: mlp.")] = None,
+    predictor: Annotated[str | None, typer.Option(help="Kind of predictor: gp (default), mlp or cnn.")] = None,
     agent: Annotated[str | None, typer.Option(help="How the agent is trained: pathwise or actor-critic.")] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Only policies that every export accepts; see docs/formats.md.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
@@ -43,6 +46,7 @@ def fit(
         settings = replace(settings, predictor=predictor)
     if agent:
         settings = replace(settings, agent=agent)
+    settings = replace(settings, portable=portable)
     with progress_bars() as progress:
         run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
     facts = run_facts(run)

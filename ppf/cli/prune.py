@@ -10,11 +10,12 @@ import typer
 from ..errors import InputError
 from .bars import policy_bars
 from .console import lines, progress_bars, show
-from .options import Device, Force, Json, RunFolder
+from .options import Context, Device, Flops, Force, Json, LatencyMs, MemoryGb, Ratio, RunFolder, TokensPerSecond
 from .policy import predicted
 
 if TYPE_CHECKING:
     from ..progress import Progress
+    from ..request import Request
     from ..results import Choice
     from ..run import Run
 
@@ -22,9 +23,17 @@ if TYPE_CHECKING:
 def prune(
     run: RunFolder,
     output: Annotated[Path, typer.Option(metavar="OUT", help="Folder of the pruned checkpoint.")],
-    ratio: Annotated[float | None, typer.Option(help="Share of the decoder's parameters to remove.")] = None,
-    search: Annotated[int | None, typer.Option(metavar="N", help="Spend N true evaluations on this ratio.")] = None,
+    ratio: Ratio = None,
+    memory_gb: MemoryGb = None,
+    flops: Flops = None,
+    latency_ms: LatencyMs = None,
+    tokens_per_second: TokensPerSecond = None,
+    context: Context = 2048,
+    search: Annotated[int | None, typer.Option(metavar="N", help="Spend N true evaluations on this size.")] = None,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own policy, as JSON.")] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="A result that every export accepts; says what that costs.")
+    ] = False,
     device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -36,24 +45,43 @@ def prune(
     opened = Run(run, device=device)
     check_destination(opened, output, force)
     with progress_bars() as progress:
-        choice = _choose(opened, ratio, search, policy, progress)
+        choice = _choose(opened, ratio, search, policy, portable, progress)
         report = deliver(opened, choice, output, force, progress)
-    show(
-        as_json, {"output": str(output)} | report, summary(report, output), policy_bars(choice.policy, opened.structure)
-    )
+    data, text = {"output": str(output)} | report, summary(report, output)
+    if portable or opened.settings.portable:
+        data["routes"] = _routes(output)
+        text += "\n" + lines({f"export to {to}": problem or "yes" for to, problem in data["routes"].items()})
+    show(as_json, data, text, policy_bars(choice.policy, opened.structure))
 
 
-def _choose(run: Run, ratio: float | None, search: int | None, policy: Path | None, progress: Progress) -> Choice:
-    from ..results import Choice, choose, read_policy
+def _routes(output: Path) -> dict[str, str | None]:
+    from ..export import open_source
+    from ..export.routes import routes
+
+    return routes(open_source(output))
+
+
+def _choose(run: Run, request: Request, search: int | None, policy: Path | None, progress: Progress) -> Choice:
+    from ..results import Choice, choose_for, read_policy
 
     if policy is not None:
-        for name, value in (("ratio", ratio), ("search", search)):
+        for name, value in (*request.given.items(), ("search", search)):
             if value is not None:
                 raise InputError(name, value, "makes no sense with --policy, which decides everything", "Drop one")
         return Choice(read_policy(policy), "given")
-    if ratio is None:
-        raise InputError("ratio", "(none)", "nothing says what to prune", "Give --ratio, or --policy FILE")
-    return choose(run, ratio, search, progress)
+    return choose_for(run, request.budget(run), search, progress)
+
+
+def budget_line(budget: dict) -> str:
+    """A result's budget: requested, predicted, measured, with a warning if these are apart."""
+    measured = budget["measured"]
+    text = f"--{budget['kind']} {budget['requested']:g} requested, {budget['predicted']:,.6g} predicted"
+    if measured is None:
+        return text
+    text += f", {measured:,.6g} measured"
+    if not budget["within_tolerance"]:
+        text += f": {abs(budget['off']):.0%} off the prediction; profile again on a quiet machine"
+    return text
 
 
 def summary(report: dict, output: Path) -> str:
@@ -73,4 +101,9 @@ def summary(report: dict, output: Path) -> str:
         "measured on": f"{Path(protocol['text']).name}, {protocol['part']}, {protocol['tokens']:,} tokens in sequences "
         f"of {protocol['sequence_length']}",
     }
+    if cost := report.get("portable"):
+        free = cost["unrestricted"]["perplexity"]
+        facts["portable costs"] = f"{cost['cost']:+.1%} perplexity ({cost['perplexity']:.2f}, else {free:.2f})"
+    if report.get("budget"):
+        facts["budget"] = budget_line(report["budget"])
     return lines(facts)
