@@ -29,8 +29,8 @@ from .search import Search
 class Choice:
     """A policy and where it comes from: "agent", "search", "portable", "given" by the user, or "uniform".
 
-    ``requested_ratio`` is None for a given policy; ``evaluations`` is what a search spent, else 0; ``portable`` is what
-    a portable policy costs.
+    ``requested_ratio`` is None unless a ratio was asked for; ``evaluations`` is what a search spent, else 0;
+    ``portable`` is what a portable policy costs; ``budget`` is what was asked for in another unit than a ratio.
     """
 
     policy: Policy
@@ -38,6 +38,7 @@ class Choice:
     requested_ratio: float | None = None
     evaluations: int = 0
     portable: dict[str, Any] | None = None
+    budget: Budget | None = None
 
 
 def choose(

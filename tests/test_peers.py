@@ -7,7 +7,7 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity
 
-from ppf.budget import Budget
+from ppf.budget import ratio_budget
 from ppf.errors import InputError
 from ppf.peers import PEERS, Meter, PeerStatistics, peer_named
 from ppf.peers.activations import observe
@@ -65,29 +65,29 @@ def test_on_the_budget_within_the_evaluations_and_the_same_again(name, run, stat
     given = GIVEN.get(name, 0)
     for ratio in (0.15, 0.5):
         found = statistics(given)
-        policy = PEERS[name].allocate(run.structure, found, Budget(run.grid, ratio))
+        policy = PEERS[name].allocate(run.structure, found, ratio_budget(run.grid, ratio))
         target = (1 - ratio) * run.structure.decoder_parameters
         gap = int(run.grid.kept(run.grid.encode([policy]))[0]) - target
         assert abs(gap) <= min(run.grid.step_cost) / 2
         assert found.meter.spent <= given + 1e-9 and (found.meter.spent > 0) == (given > 0)
-        assert PEERS[name].allocate(run.structure, statistics(given), Budget(run.grid, ratio)) == policy
+        assert PEERS[name].allocate(run.structure, statistics(given), ratio_budget(run.grid, ratio)) == policy
 
 
 def test_methods_differ(run, statistics):
-    budget = Budget(run.grid, 0.4)
+    budget = ratio_budget(run.grid, 0.4)
     found = {name: p.allocate(run.structure, statistics(GIVEN.get(name, 0)), budget) for name, p in PEERS.items()}
     assert len(set(found.values())) >= len(PEERS) - 3
 
 
 def test_seeds_matter_to_what_is_random(run, statistics):
-    budget = Budget(run.grid, 0.4)
+    budget = ratio_budget(run.grid, 0.4)
     for name in ("random", "evolution"):
         found = {PEERS[name].allocate(run.structure, statistics(9, seed), budget) for seed in range(3)}
         assert len(found) == 3
 
 
 def test_searching_methods_return_the_best_they_measured(run, statistics):
-    budget = Budget(run.grid, 0.4)
+    budget = ratio_budget(run.grid, 0.4)
     for name in ("uniform-split", "random", "evolution"):
         found = statistics(GIVEN[name])
         policy = PEERS[name].allocate(run.structure, found, budget)
@@ -97,7 +97,7 @@ def test_searching_methods_return_the_best_they_measured(run, statistics):
 
 
 def test_evolution_improves_and_more_is_better(run, statistics):
-    budget, values = Budget(run.grid, 0.4), []
+    budget, values = ratio_budget(run.grid, 0.4), []
     for given in (1, 60, 300):
         policy = PEERS["evolution"].allocate(run.structure, statistics(given), budget)
         values.append(float(synthetic_log_perplexity(run.grid, run.grid.encode([policy]))[0]))
@@ -110,7 +110,7 @@ def test_staged_evolution_measures_few_on_much_text(run, statistics, monkeypatch
     found, calls = statistics(9), []
     measure = found.meter.measure
     found.meter.measure = lambda policies, tokens: calls.append((len(policies), tokens)) or measure(policies, tokens)
-    PEERS["evopress"].allocate(run.structure, found, Budget(run.grid, 0.4))
+    PEERS["evopress"].allocate(run.structure, found, ratio_budget(run.grid, 0.4))
     assert calls[:3] == [(12, 32), (4, 64), (3, 10**6)]
     first = (12 + 4 * 2) / len(run.sequences()) + 3
     assert first <= found.meter.spent <= 9 and 9 - found.meter.spent < first
@@ -126,7 +126,7 @@ def test_the_meter_refuses_what_was_not_given(run):
     for name, given in (("finercut", 5), ("puzzle", 3)):
         short = PeerStatistics(run.grid, run.permuted, [], run.sequences(), Meter(Synthetic(run), given))
         with pytest.raises(InputError, match="evaluations"):
-            PEERS[name].allocate(run.structure, short, Budget(run.grid, 0.5))
+            PEERS[name].allocate(run.structure, short, ratio_budget(run.grid, 0.5))
 
 
 def test_puzzle_finds_the_optimum_of_additive_damages(run, statistics):
@@ -138,7 +138,7 @@ def test_puzzle_finds_the_optimum_of_additive_damages(run, statistics):
         torch.rand(high - low + 1, generator=generator).sort(descending=True).values.double()
         for low, high in zip(grid.minimum, grid.maximum, strict=True)
     ]
-    levels, budget = _solve(damage, Budget(grid, 0.4)), Budget(grid, 0.4)
+    levels, budget = _solve(damage, ratio_budget(grid, 0.4)), ratio_budget(grid, 0.4)
     chosen = sum(float(d[level - low]) for d, level, low in zip(damage, levels, grid.minimum, strict=True))
     assert chosen <= _best_additive(damage, grid, budget.kept) + 1e-4
 
@@ -161,7 +161,7 @@ def _best_additive(damage, grid, kept) -> float:
 def test_finercut_drops_the_least_harmful_first(run, statistics):
     grid = run.grid
     found = statistics(60)
-    policy = PEERS["finercut"].allocate(run.structure, found, Budget(grid, 0.3))
+    policy = PEERS["finercut"].allocate(run.structure, found, ratio_budget(grid, 0.3))
     asked = found.meter.evaluator.asked[: grid.sublayers]
     values = synthetic_log_perplexity(grid, grid.encode(asked))
     first = int(values.argmin())
@@ -216,7 +216,7 @@ def test_activations_are_those_of_the_model(run):
 
 
 def test_the_plain_model_is_the_evaluators(run):
-    policy = PEERS["uniform"].allocate(run.structure, None, Budget(run.grid, 0.3))
+    policy = PEERS["uniform"].allocate(run.structure, None, ratio_budget(run.grid, 0.3))
     evaluator = run.evaluator(refit=False)
     levels = run.grid.encode([policy])[0].tolist()
     losses = masked_losses(evaluator.weights, run.grid, levels, run.sequences())
@@ -224,7 +224,7 @@ def test_the_plain_model_is_the_evaluators(run):
 
 
 def test_gradient_agreement_is_one_per_projection_for_the_dense_model(run, statistics):
-    budget = Budget(run.grid, 0.3)
+    budget = ratio_budget(run.grid, 0.3)
     agreement = _Agreement(statistics(), budget)
     dense = agreement(run.grid.dense())
     assert dense == pytest.approx(7 * run.structure.layers, rel=1e-4)

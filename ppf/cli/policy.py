@@ -1,41 +1,49 @@
-"""``ppf policy``: the agent's answer to a ratio, without touching any weights."""
+"""``ppf policy``: the agent's answer to a size, without touching any weights."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
-
-import typer
 
 from .bars import policy_bars
 from .console import lines, show
-from .options import Json, RunFolder
+from .options import Context, Flops, Json, LatencyMs, MemoryGb, Ratio, RunFolder, TokensPerSecond
 
 
 def policy(
     run: RunFolder,
-    ratio: Annotated[float, typer.Option(help="Share of the decoder's parameters to remove, such as 0.3.")],
+    ratio: Ratio = None,
+    memory_gb: MemoryGb = None,
+    flops: Flops = None,
+    latency_ms: LatencyMs = None,
+    tokens_per_second: TokensPerSecond = None,
+    context: Context = 2048,
     as_json: Json = False,
 ) -> None:
-    """The agent's policy for a ratio, with its predicted perplexity, in milliseconds."""
+    """The agent's policy for a size, with its predicted perplexity, in milliseconds."""
+    from ..request import Request, answer
     from ..run import Run
 
     opened = Run(run)
-    answer = opened.policy(ratio)
-    mean, std = answer.predicted_log_perplexity, answer.predicted_std
+    budget = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context).budget(opened)
+    found = answer(opened, budget)
+    mean, std = found.predicted_log_perplexity, found.predicted_std
     data = {
         "requested_ratio": ratio,
-        "delivered_ratio": answer.delivered_ratio,
-        "policy": {"attention": list(answer.policy.attention), "ffn": list(answer.policy.ffn)},
+        "delivered_ratio": found.delivered_ratio,
+        "policy": {"attention": list(found.policy.attention), "ffn": list(found.policy.ffn)},
         "predicted": {"log_perplexity": mean, "perplexity": math.exp(mean), "log_perplexity_std": std},
-        "milliseconds": answer.milliseconds,
+        "milliseconds": found.milliseconds,
     }
-    facts = {
-        "ratio": f"{answer.delivered_ratio:.4f} delivered, {ratio} requested",
+    facts = {"ratio": f"{found.delivered_ratio:.4f} delivered" + (f", {ratio} requested" if ratio is not None else "")}
+    if ratio is None:
+        delivered = budget.delivered(found.policy)
+        data["budget"] = budget.to_dict() | {"delivered": delivered}
+        facts["budget"] = f"--{budget.kind} {budget.requested:g} requested, {delivered:,.6g} {budget.costs.unit}"
+    facts |= {
         "perplexity": predicted(mean, std) + ", predicted on the run's evaluation split",
-        "agent's time": f"{answer.milliseconds:.1f} ms",
+        "agent's time": f"{found.milliseconds:.1f} ms",
     }
-    show(as_json, data, lines(facts), policy_bars(answer.policy, opened.structure))
+    show(as_json, data, lines(facts), policy_bars(found.policy, opened.structure))
 
 
 def predicted(mean: float, std: float) -> str:

@@ -39,13 +39,15 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
+    from ..request import Request
     from ..results import check_destination, deliver
     from ..run import Run
 
     opened = Run(run, device=device)
     check_destination(opened, output, force)
     with progress_bars() as progress:
-        choice = _choose(opened, ratio, search, policy, portable, progress)
+        request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
+        choice = _choose(opened, request, search, policy, portable, progress)
         report = deliver(opened, choice, output, force, progress)
     data, text = {"output": str(output)} | report, summary(report, output)
     if portable or opened.settings.portable:
@@ -61,15 +63,24 @@ def _routes(output: Path) -> dict[str, str | None]:
     return routes(open_source(output))
 
 
-def _choose(run: Run, request: Request, search: int | None, policy: Path | None, progress: Progress) -> Choice:
+def _choose(
+    run: Run, request: Request, search: int | None, policy: Path | None, portable: bool, progress: Progress
+) -> Choice:
+    from ..portable import choose_portable
     from ..results import Choice, choose_for, read_policy
 
     if policy is not None:
-        for name, value in (*request.given.items(), ("search", search)):
+        for name, value in (*request.given.items(), ("search", search), ("portable", portable or None)):
             if value is not None:
                 raise InputError(name, value, "makes no sense with --policy, which decides everything", "Drop one")
         return Choice(read_policy(policy), "given")
-    return choose_for(run, request.budget(run), search, progress)
+    budget = request.budget(run)
+    if not portable:
+        return choose_for(run, budget, search, progress)
+    for name, value in (("search", search), (budget.kind, None if budget.kind == "ratio" else budget.requested)):
+        if value is not None:
+            raise InputError(name, value, "is not possible with --portable yet", "Give --portable and --ratio alone")
+    return choose_portable(run, budget.requested)
 
 
 def budget_line(budget: dict) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..budget import Budget
+from ..budget import ratio_budget
 from ..calibration import LayerStatistics
 from ..peers import PEERS, PeerStatistics
 from ..peers.plain import masked_losses
@@ -28,7 +28,7 @@ AS_IS = {
 def measure_as_is(run: Run, name: str, statistics: PeerStatistics, ratio: float, sequences: Tensor) -> tuple:
     """Policy and log-perplexity on int64 ``sequences`` [N, T] of the masked model, nothing refitted."""
     ranking_name, allocation, with_biases = AS_IS[name]
-    policy = PEERS[allocation].allocate(run.structure, statistics, Budget(run.grid, ratio))
+    policy = PEERS[allocation].allocate(run.structure, statistics, ratio_budget(run.grid, ratio))
     ranking = [_rank(run, ranking_name, index) for index in range(run.structure.layers)]
     weights = run.weights.permuted(ranking).to(compute_dtype(run.weights.dtype, run.device))
     biases = _biases(run, weights, ranking, policy) if with_biases else {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..budget import Budget
+from ..budget import ratio_budget
 from ..experience import Experience
 from ..files import write_json
 from ..peers import PEERS, PeerStatistics
@@ -76,7 +76,7 @@ class Cells:
             return choose(self.run, ratio).policy, 0, None
         if method.name == "static":
             return self._search(ratio, method.evaluations), method.evaluations, None
-        policy = PEERS[method.name].allocate(self.run.structure, statistics, Budget(self.run.grid, ratio))
+        policy = PEERS[method.name].allocate(self.run.structure, statistics, ratio_budget(self.run.grid, ratio))
         return policy, statistics.meter.spent, None
 
     def _search(self, ratio: float, evaluations: int) -> Policy:

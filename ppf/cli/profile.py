@@ -1,0 +1,96 @@
+"""``ppf profile``: how long every width takes on this device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from .console import lines, progress_bars, show
+from .options import Device, Json
+
+if TYPE_CHECKING:
+    from ..grid import Grid
+    from ..profiling import Build, Profile
+    from ..progress import Progress
+
+
+def profile(
+    path: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A run, or a dense checkpoint.")],
+    prefill: Annotated[int | None, typer.Option(help="Tokens of a prompt; 2048, or half of a shorter context.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    decode: Annotated[int | None, typer.Option(help="Tokens each sequence holds when its next is generated.")] = None,
+    decode_batch: Annotated[int, typer.Option(help="Sequences that generate at once.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For a MODEL: where to write the profile.")
+    ] = None,
+    ffn_multiple: Annotated[int, typer.Option(help="For a MODEL: FFN widths are multiples of this.")] = 64,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the latency of every width on this device, for --latency-ms and --tokens-per-second."""
+    from ..profiling import Workload, check_workload
+    from ..request import PROFILE, save_profile
+
+    grid, build, context, facts, is_run = _open(path, ffn_multiple, device)
+    if output is None and not is_run:
+        raise InputError("output", "(none)", "a MODEL has no folder for its profile", "Give --output FILE, or a RUN")
+    usual = min(2048, context // 2)
+    workloads = (
+        Workload("prefill", batch, usual if prefill is None else prefill),
+        Workload("decode", decode_batch, usual if decode is None else decode),
+    )
+    for workload in workloads:
+        check_workload(workload, context)
+    with progress_bars() as progress:
+        profiles = _measure(grid, build, workloads, progress)
+    target = output or path / PROFILE
+    save_profile(target, facts, profiles)
+    data = facts | {"output": str(target), "profiles": {p.workload.phase: p.to_dict() for p in profiles}}
+    show(as_json, data, lines(_told(data, grid, profiles)))
+
+
+def _open(path: Path, ffn_multiple: int, device: str) -> tuple[Grid, Build, int, dict[str, Any], bool]:
+    """Grid, a builder of models by policy, the context, facts about the device, and whether ``path`` is a run."""
+    import torch
+
+    from .. import checkpoint
+    from ..grid import Grid
+    from ..profiling import profile_facts
+    from ..run import MANIFEST, Run
+    from ..surgery import materialize
+    from ..weights import DecoderWeights, LayerRanking
+
+    is_run = (path / MANIFEST).exists()
+    target = checkpoint.resolve_device(device)
+    run = Run(path, device=str(target)) if is_run else None
+    dense = run.dense if run else checkpoint.load_dense(path, device=str(target))
+    weights = DecoderWeights.from_model(dense)
+    grid = run.grid if run else Grid(weights.structure, ffn_multiple)
+    s = weights.structure
+    # Which units stay makes no difference to the time they take.
+    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
+    context = dense.config.max_position_embeddings
+    facts = {"path": str(path)} | profile_facts(target, dense.dtype)
+    return grid, lambda policy: materialize(dense.config, weights, order, grid, policy), context, facts, is_run
+
+
+def _measure(grid: Grid, build: Build, workloads: tuple, progress: Progress) -> list[Profile]:
+    from ..profiling import measure_profile
+
+    return [
+        measure_profile(grid, build, w, lambda _, done, total, w=w: progress(f"profile {w.phase}", done, total))
+        for w in workloads
+    ]
+
+
+def _told(data: dict[str, Any], grid: Grid, profiles: list[Profile]) -> dict[str, Any]:
+    told = {"profile": data["output"], "measured on": f"{data['device']}, {data['dtype']}, {data['runner']}"}
+    for p in profiles:
+        least, most = p.costs(grid).range(grid)
+        w = p.workload
+        what = f"{w.batch} x {w.tokens} tokens" + (" held, a step" if w.phase == "decode" else "")
+        told[w.phase] = f"{what}: {most:.3f} ms dense, {least:.3f} ms at the smallest policy"
+    return told
