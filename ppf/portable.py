@@ -59,34 +59,38 @@ def choose_portable(run: Run, ratio: float) -> Choice:
     """A portable policy of ``ratio``, and what it costs beside the agent's own.
 
     Bred on the predictor among portable policies only; the most promising are measured truly, and so is the agent's
-    policy for the same ratio. Their figures are the choice's ``portable``. Raises ``InputError`` for a ratio beyond
-    what portable policies can give.
+    policy of the size that the best one has. Their figures are the choice's ``portable``. Raises ``InputError`` for a
+    ratio beyond what portable policies can give.
     """
     grid = portable_grid(run)
     check_ratio(ratio, grid)
-    free = run.policy(ratio)
-    candidates = grid.decode(_bred(run, grid, free.policy, ratio)[:_MEASURED])
-    policies = list(dict.fromkeys([*candidates, free.policy]))
-    values = measure_many(run.evaluator(), run.experience, policies, SEARCH_ROUND, "search")
-    measured = dict(zip(policies, values, strict=True))
+    candidates = grid.decode(_bred(run, grid, ratio)[:_MEASURED])
+    measured = dict(zip(candidates, _measure(run, candidates), strict=True))
     best = min(candidates, key=measured.__getitem__)
-    return Choice(best, "portable", ratio, portable=_cost(measured[best], measured[free.policy], free.policy))
+    free = run.policy(run.grid.ratio(best)).policy  # widths go in steps: compare at the size it got, not the one asked
+    return Choice(best, "portable", ratio, portable=_cost(run, measured[best], _measure(run, [free])[0], free))
 
 
-def _cost(portable: float, free: float, policy: Policy) -> dict[str, Any]:
+def _measure(run: Run, policies: list[Policy]) -> list[float]:
+    return measure_many(run.evaluator(), run.experience, policies, SEARCH_ROUND, "search")
+
+
+def _cost(run: Run, portable: float, free: float, policy: Policy) -> dict[str, Any]:
     """Perplexities by masked evaluation on the run's evaluation text; ``cost`` is their quotient less one."""
     return {
         "perplexity": math.exp(portable),
         "unrestricted": {
             "perplexity": math.exp(free),
+            "delivered_ratio": run.grid.ratio(policy),
             "policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)},
         },
         "cost": math.exp(portable - free) - 1,
     }
 
 
-def _bred(run: Run, grid: Grid, free: Policy, ratio: float) -> Tensor:
+def _bred(run: Run, grid: Grid, ratio: float) -> Tensor:
     """Levels int64 [P, S] on ``grid``, most promising first."""
+    free = run.policy(ratio).policy
     generator = torch.Generator().manual_seed(run.settings.seed)
     near = sorted(run.experience.rows(), key=lambda row: row.log_perplexity + 100 * abs(row.ratio - ratio))
     known = run.grid.encode([free, *(row.policy for row in near[:_KNOWN])]) / torch.tensor(run.grid.maximum)

@@ -75,11 +75,12 @@ def _choose(
                 raise InputError(name, value, "makes no sense with --policy, which decides everything", "Drop one")
         return Choice(read_policy(policy), "given")
     budget = request.budget(run)
-    if not portable:
+    if not portable or run.settings.portable:
         return choose_for(run, budget, search, progress)
     for name, value in (("search", search), (budget.kind, None if budget.kind == "ratio" else budget.requested)):
         if value is not None:
-            raise InputError(name, value, "is not possible with --portable yet", "Give --portable and --ratio alone")
+            remedy = "Fit the model with --portable and prune that run, or give --ratio alone"
+            raise InputError(name, value, "is not possible with --portable in a run that is not", remedy)
     return choose_portable(run, budget.requested)
 
 
