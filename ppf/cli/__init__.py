@@ -16,8 +16,10 @@ from .fit import fit
 from .generate import generate
 from .info import info
 from .policy import policy
+from .profile import profile
 from .prune import prune
 from .recover import recover
+from .report import report
 
 app = typer.Typer(name="ppf", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("fit")(fit)
@@ -28,8 +30,10 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("info")(info)
 app.command("compare")(compare)
+app.command("profile")(profile)
 app.command("bench")(bench)
 app.command("export")(export)
+app.command("report")(report)
 app.command("demo")(demo)
 
 

@@ -25,6 +25,11 @@ _LABELS = {
     "search": "Searching",
     "recover": "Training (tokens)",
     "score": "Scoring tokens",
+    "random": "Measuring random policies",
+    "visited": "Measuring visited policies",
+    "single": "Measuring single sub-layers",
+    "rivals": "Training other predictors",
+    "curve": "Learning curve",
     "compare": "Methods and ratios",
     "demo": "Pruned and reloaded",
 }

@@ -30,6 +30,9 @@ def fit(
     evaluation_tokens: Annotated[int, typer.Option(help="At most so many tokens of evaluation text.")] = 16_384,
     predictor: Annotated[str | None, typer.Option(help="Kind of predictor: gp (default), mlp or cnn.")] = None,
     agent: Annotated[str | None, typer.Option(help="How the agent is trained: pathwise or actor-critic.")] = None,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="Stop measuring once the predictor is right at the agent's policies.")
+    ] = False,
     portable: Annotated[
         bool, typer.Option("--portable", help="Only policies that every export accepts; see docs/formats.md.")
     ] = False,
@@ -46,7 +49,7 @@ def fit(
         settings = replace(settings, predictor=predictor)
     if agent:
         settings = replace(settings, agent=agent)
-    settings = replace(settings, portable=portable)
+    settings = replace(settings, portable=portable, early_stop=early_stop)
     with progress_bars() as progress:
         run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
     facts = run_facts(run)

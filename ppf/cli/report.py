@@ -1,0 +1,54 @@
+"""``ppf report``: how far a run's predictor can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from .console import lines, progress_bars, show
+from .options import Device, Json, RunFolder
+
+# What 80 columns have no room for.
+_PAGE_ONLY = ("Kendall", "MAE", "spread")
+
+
+def report(
+    run: RunFolder,
+    held_out: Annotated[int, typer.Option(help="Random policies at each ratio, and half as many visited.")] = 200,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the run.")] = None,
+    compare: Annotated[str, typer.Option(help="Other kinds of predictor to train beside it, such as mlp,cnn.")] = "",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure policies the run has not seen, and score its predictor on them within each ratio. Resumes when killed."""
+    from ..report import report as report_card
+    from ..run import Run
+
+    opened = Run(run, device=device)
+    kinds = tuple(kind for kind in compare.split(",") if kind)
+    with progress_bars() as progress:
+        data = report_card(opened, output, held_out, kinds, progress)
+    speed = data["latency"]
+    facts = {
+        "one policy": f"{speed['milliseconds']:.2f} ms, a true evaluation {speed['evaluation_milliseconds']:,.1f} ms",
+        "in a batch": f"{speed['per_second']:,.0f} policies a second on {data['device']}",
+        "page": (output or run) / "report.html",
+    }
+    show(as_json, data, *(_table(data, group) for group in data["scores"]), lines(facts))
+
+
+def _table(data: dict, group: str) -> Table:
+    from ..report.page import score_table
+
+    headers, rows = score_table(data["scores"][group])
+    wanted = [index for index, header in enumerate(headers) if header not in _PAGE_ONLY]
+    table = Table(title=f"{group} policies, {data['kind']}", box=box.SIMPLE)
+    for index in wanted:
+        table.add_column(headers[index], justify="right")
+    for row in rows:
+        table.add_row(*(row[index] for index in wanted))
+    return table
