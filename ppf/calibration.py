@@ -51,6 +51,10 @@ class Moments:
         """The same with the channels in ``order``, int64 [n]."""
         return Moments(self.mean[order], self.variance[order])
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on ``device``."""
+        return Moments(self.mean.to(device), self.variance.to(device))
+
 
 @dataclass(frozen=True)
 class LayerStatistics:

@@ -37,7 +37,8 @@ def measure_as_is(run: Run, name: str, statistics: PeerStatistics, ratio: float,
 
 def _rank(run: Run, name: str, index: int) -> LayerRanking:
     # Scores that need no gradients look at moments only, which is what a run keeps of its statistics.
-    return rank_layer(name, run.weights.layers[index], LayerStatistics(*run.moments(index)), run.structure)
+    moments = LayerStatistics(*(m.to(run.device) for m in run.moments(index)))
+    return rank_layer(name, run.weights.layers[index], moments, run.structure)
 
 
 def _biases(run: Run, weights: DecoderWeights, ranking: list[LayerRanking], policy: Policy) -> dict[int, Tensor]:
