@@ -76,6 +76,8 @@ def qkv_config(tokens: int, pairs: int) -> Config:
         return {"T": 1, "BN": 8, "BK": 512, "STAGES": 3, "num_warps": 4, "LINES": 8}
     if t == 16 and pairs >= 6144:
         return {"T": t, "BN": 16, "BK": 256, "STAGES": 4, "num_warps": 4, "LINES": 8}
+    if t == 16:
+        return {"T": t, "BN": 32, "BK": 128, "STAGES": 4, "num_warps": 2, "LINES": 8}
     return {"T": t, "BN": 64, "BK": 128, "STAGES": 4, "num_warps": 4, "LINES": 8}
 
 

@@ -322,6 +322,7 @@ def test_logits_are_as_exact_as_the_plain_path_s(make, dtype):
     """Prefill and 32 steps with given tokens; against the same weights in fp64, at most twice the plain error."""
     model = make(dtype=dtype)
     state = generation.runtime_of(model)
+    assert state.obstacle(model) is None
     inputs = prompts(40, 17)
     ids = torch.cat((inputs["input_ids"], prompts(32, 32)["input_ids"]), 1)
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(ids[:, 40:])), 1)

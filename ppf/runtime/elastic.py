@@ -30,8 +30,9 @@ from ..models import PPFLlamaForCausalLM
 from ..policy import Policy
 from ..weights import DecoderWeights
 from .engine import Engine
-from .generation import STATE, RuntimeState, on_device
+from .generation import on_device
 from .plan import Attention, FeedForward, Layer, Plan, plan_of
+from .state import STATE, RuntimeState, hooked
 
 # Policies whose views, refits and graphs are kept. A policy's own refits of a 7B at half size are some 2 GB.
 MAX_POLICIES = 8
@@ -51,10 +52,9 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         ``choose`` gives a ratio's policy unless ``chosen`` holds it, ``library`` the refitted o and down (without it,
         the dense columns stay).
         """
-        state = RuntimeState()
+        state = _ElasticState()
         state.plan = plan_of(self)
         state.engine = Engine(state.plan)
-        state.refresh = lambda model: None  # addresses change with the policy, and only there
         dense = grid.dense()
         self.__dict__.update({
             "_grid": grid, "_weights": weights, "_library": library, "_choose": choose, STATE: state,
@@ -183,6 +183,14 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
                 "model", asked, "an elastic model cannot be moved or cast", "Give device and dtype to ppf.load"
             )
         return self if "_weights" in self.__dict__ else super()._apply(fn, *args, **kwargs)
+
+
+class _ElasticState(RuntimeState):
+    """The plan and the addresses change with the policy, and only there: ``set_policy`` writes the plan."""
+
+    def obstacle(self, model: Any) -> str | None:
+        """Only hooks can be in the way."""
+        return hooked(model.modules())
 
 
 # generate() looks at what forward() takes.

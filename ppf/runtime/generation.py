@@ -19,11 +19,10 @@ from transformers.generation import GenerationMixin, GenerationMode, StopStringC
 from ..errors import InputError
 from ..ops.decode import MAX_TOKENS
 from ..ops.dispatch import triton_available
-from .engine import Engine
 from .loop import Request, run
-from .plan import Plan, plan_of, unsupported
+from .plan import unsupported
+from .state import runtime_of
 
-STATE = "_ppf_runtime"
 _GREEDY_OR_SAMPLE = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE
 # Arguments of generate() and fields of its configuration that only the plain path knows; all are off by default.
 _ARGUMENTS = (
@@ -61,14 +60,37 @@ def generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any
     """``model.generate(inputs, *args, **kwargs)`` by the runtime where it can, else by transformers."""
     where = _where(model)
     reason = where or _obstacle(model, args, kwargs)
-    if reason is not None:
-        # Who asked for a CPU knows it; accelerate() has said so.
-        if where is None or model.device.type == "cuda":
-            _warn(model, reason)
-        return GenerationMixin.generate(model, inputs, *args, **kwargs)
-    kwargs = _with_stop_strings(kwargs)
-    loop = _Loop(kwargs.get("streamer"))
-    return GenerationMixin.generate(model, inputs, *args, custom_generate=loop, **kwargs)
+    if reason is None:
+        loop = _Loop(kwargs.get("streamer"))
+        try:
+            return GenerationMixin.generate(model, inputs, *args, custom_generate=loop, **_with_stop_strings(kwargs))
+        except _Refused as refused:
+            reason = str(refused)
+            if kwargs.get("streamer") is not None:
+                kwargs["streamer"] = _AfterPrompt(kwargs["streamer"])
+    # Who asked for a CPU knows it; accelerate() has said so.
+    if where is None or model.device.type == "cuda":
+        _warn(model, reason)
+    return GenerationMixin.generate(model, inputs, *args, **kwargs)
+
+
+class _Refused(Exception):
+    """A prepared request turns out to be none for the runtime; nothing has been generated."""
+
+
+class _AfterPrompt:
+    """A streamer that has had its prompt already."""
+
+    def __init__(self, streamer: Any):
+        self._streamer, self._prompt_is_next = streamer, True
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_is_next:
+            self._streamer.put(value)
+        self._prompt_is_next = False
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 class _Loop:
@@ -83,21 +105,19 @@ class _Loop:
     def __call__(
         self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **model_kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         start = _padding(model_kwargs.get("attention_mask"), input_ids)
-        reason = "its padding is not on the left" if start is None else None
-        if len(input_ids) > MAX_TOKENS:
-            reason = f"it has {len(input_ids)} sequences, more than {MAX_TOKENS}"
+        reason = _unserved(generation_config, input_ids, start)
         state = runtime_of(model)
         if reason is None and not state.engine.lock.acquire(blocking=False):
             reason = "another one is running on this model"
-        parts = (logits_processor, stopping_criteria, generation_config, self._streamer)
         if reason is not None:
-            _warn(model, reason)
-            names = "logits_processor", "stopping_criteria", "generation_config", "streamer"
-            return type(model)._sample(model, input_ids, **dict(zip(names, parts, strict=True)), **model_kwargs)
+            raise _Refused(reason)
         try:
-            request = Request(input_ids, start, bool(start.any()), *parts)
+            padded = bool(start.any())
+            request = Request(
+                input_ids, start, padded, logits_processor, stopping_criteria, generation_config, self._streamer
+            )
             with on_device(model.device):
                 return run(state.engine.session(state.plan, len(input_ids), request.limit), request)
         finally:
@@ -119,42 +139,8 @@ def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-class RuntimeState:
-    """A model's plan and engine, remade when its weights have moved; ``told`` are the warnings given."""
-
-    def __init__(self) -> None:
-        self.told: set[str] = set()
-        self.plan: Plan | None = None
-        self.engine: Engine | None = None
-        self._addresses: tuple[Any, ...] = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model starts with a runtime of its own: graphs hold the original's addresses."""
-        return RuntimeState, ()
-
-    def refresh(self, model: Any) -> None:
-        """Follow ``model.to(...)``, ``load_state_dict(assign=True)`` and the like: graphs hold addresses."""
-        addresses = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
-        if addresses != self._addresses:
-            self.plan, self._addresses = plan_of(model), addresses
-            self.engine = Engine(self.plan)
-
-
-def runtime_of(model: Any) -> RuntimeState:
-    """The runtime of ``model``, made at the first call."""
-    state = _state(model)
-    state.refresh(model)
-    return state
-
-
-def _state(model: Any) -> RuntimeState:
-    if STATE not in model.__dict__:
-        model.__dict__[STATE] = RuntimeState()
-    return model.__dict__[STATE]
-
-
 def _warn(model: Any, reason: str) -> None:
-    told = _state(model).told
+    told = runtime_of(model).told
     if reason not in told:
         told.add(reason)
         warnings.warn(f"ppf: this generation takes transformers' plain path: {reason}", stacklevel=4)
@@ -168,38 +154,30 @@ def _where(model: Any) -> str | None:
 
 
 def _obstacle(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why the runtime cannot serve this call; None if it can, as far as can be told before the preparation."""
-    reason = unsupported(model) or _modified(model)
+    """Why the runtime cannot serve this call, as far as the model and the arguments tell; None if it may."""
+    reason = runtime_of(model).obstacle(model)
     if reason is not None:
         return reason
     given = [name for name in _ARGUMENTS if kwargs.get(name) is not None and kwargs[name] is not False]
     if len(args) > 4:  # behind inputs: configuration, processors, criteria, prefix_allowed_tokens_fn
         given.append("a positional argument")
-    if given:
-        return f"{given[0]} is not supported by the runtime"
-    config = args[0] if args else kwargs.get("generation_config")
-    config, _ = model._prepare_generation_config(
-        config, **{k: v for k, v in kwargs.items() if k != "generation_config"}
-    )
-    mode = config.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in _GREEDY_OR_SAMPLE:
-        return f"{mode.value} is not supported by the runtime"
-    given = [name for name in _FIELDS if getattr(config, name, None)]
-    if config.stop_strings is not None and kwargs.get("stop_strings") is None:
+    configs = model.generation_config, args[0] if args else kwargs.get("generation_config")
+    if any(getattr(config, "stop_strings", None) is not None for config in configs):
         given.append("stop_strings inside a generation configuration")
     return f"{given[0]} is not supported by the runtime" if given else None
 
 
-def _modified(model: Any) -> str | None:
-    """Adapters, quantisation and hooks live in modules that the runtime does not call."""
-    for name, module in model.named_modules():
-        if name.endswith("_proj") and type(module) is not torch.nn.Linear:
-            return f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} has forward hooks"
-    if model.training and getattr(model.config, "attention_dropout", 0.0):
-        return "the model is in training mode"
-    return None
+def _unserved(config: Any, ids: Tensor, start: Tensor | None) -> str | None:
+    """Why the runtime cannot serve this prepared request; None if it can."""
+    mode = config.get_generation_mode(None)
+    if mode not in _GREEDY_OR_SAMPLE:
+        return f"{mode.value} is not supported by the runtime"
+    given = [name for name in _FIELDS if getattr(config, name, None)]
+    if given:
+        return f"{given[0]} is not supported by the runtime"
+    if len(ids) > MAX_TOKENS:
+        return f"it has {len(ids)} sequences, more than {MAX_TOKENS}"
+    return "its padding is not on the left" if start is None else None
 
 
 def _padding(mask: Tensor | None, ids: Tensor) -> Tensor | None:
