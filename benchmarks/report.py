@@ -72,6 +72,60 @@ def gemm_section(model: str) -> str:
     return f"{facts}\n\n" + table(titles, gemm_rows(data))
 
 
+def evaluation_section(name: str) -> str:
+    """True evaluations a second, and how far bf16 is from fp32."""
+    data = load(name)
+    rows, precision = [row for row in data["rows"] if "ms" in row], [row for row in data["rows"] if "what" in row][0]
+    titles = ("model", "policies", "tokens", "ms", "a second", "limit, ms", "share of limit", "one at a time, a second")
+    lines = [
+        (row["model"], row["policies"], f"{row['tokens']:,}", f"{row['ms']:.2f}", f"{row['per_second']:,.0f}",
+         f"{row['limit_ms']:.2f}", f"{row['share_of_limit']:.0%}",
+         f"{row['one_at_a_time']:.0f}" if "one_at_a_time" in row else "")
+        for row in rows
+    ]  # fmt: skip
+    facts = (
+        f"{data['gpu']}, torch {data['torch']}, {data['date']}; 8192³ product {data['product_TFLOP_per_s']:.0f} TFLOP/s"
+    )
+    note = (
+        f"{facts}; bf16. The limit is the kept products, causal attention and the head at that rate. In bf16 the "
+        f"perplexities of {precision['policies']} policies of {rows[0]['model']} are within "
+        f"{precision['worst_relative_perplexity']:.2%} of fp32's, the same bits in any company."
+    )
+    return f"{note}\n\n" + table(titles, lines)
+
+
+def library_section(name: str) -> str:
+    """Building libraries, and what rankings and refits are worth."""
+    data = load(name)
+    large = next(row for row in data["rows"] if "stages" in row and "factor_GB" in row)
+    limit = large["limits"]
+    stages = [(k, f"{v:.2f}", f"{limit[k]:.2f}" if k in limit else "") for k, v in large["stages"].items()]
+    stages.append(("all", f"{large['seconds']:.2f}", f"{large['limit_seconds']:.2f}"))
+    kinds = [f"{kind} {ratio}" for ratio in ("30%", "50%") for kind in ("refit", "masked_with_biases", "masked")]
+    quality = [
+        (row["ranking"], *(f"{row['perplexity_' + kind.replace(' ', '_')]:.1f}" for kind in kinds))
+        for row in data["rows"]
+        if "ranking" in row
+    ]
+    speed = ", ".join(
+        f"{kind} {data[f'product_TFLOP_per_s_{kind}']:.0f}" for kind in ("bfloat16", "float32", "float64")
+    )
+    facts = f"{data['gpu']}, torch {data['torch']}, {data['date']}; 8192³ products, TFLOP/s: {speed}."
+    sizes = (
+        f"Llama-2-7B's shape, random weights, {large['calibration_tokens']:,} tokens, {large['levels']:,} levels: "
+        f"factors {large['factor_GB']:.1f} GB, solutions {large['solution_GB']:.1f} GB; peak "
+        f"{large['peak_GB_with_factors']:.1f} GB with all factors on the device, "
+        f"{large['peak_GB_with_solutions']:.1f} GB when solutions replace them."
+    )
+    protocol = (
+        "Perplexity of uniform policies of ref-14m (49,152 tokens of WikiText-2's validation set, sequences of 512) by "
+        "ranking: with the refit, masked with FLAP's biases, masked."
+    )
+    titles = ("ranking", *(kind.replace("_", " ") for kind in kinds))
+    parts = facts, sizes, table(("stage", "seconds", "limit"), stages), protocol, table(titles, quality)
+    return "\n\n".join(parts)
+
+
 def plot_swiglu(path: Path) -> None:
     """Speed of the masked MLP relative to shrunk cuBLAS over the number of tokens, keep 50 %."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -98,6 +152,12 @@ def main() -> None:
     sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]
     for model, title in MODELS.items():
         sections += [f"## Masked products at {title} shapes", gemm_section(model)]
+    for title, section, prefix in (
+        ("True evaluations", evaluation_section, "evaluation"),
+        ("Libraries", library_section, "library"),
+    ):
+        for file in sorted(RESULTS.glob(f"{prefix}_*.json")):
+            sections += [f"## {title}", section(file.name)]
     (DOCS / "benchmarks.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
