@@ -23,6 +23,7 @@ from .measurement import measure_many
 from .policy import Policy
 from .predictor import Predictor, make_predictor
 from .progress import Progress, silent
+from .rounds import Journal, Round
 from .settings import MINIMUM_EVALUATIONS
 from .training import fit_predictor
 
@@ -67,20 +68,59 @@ def collect(
     seed: int,
     progress: Progress = silent,
     learning: Learning | None = None,
+    journal: Journal | None = None,
+    early_stop: bool = False,
 ) -> None:
-    """Run the loop until ``experience`` holds all rows of ``evaluations``; resumes what is half done."""
-    done = 0
+    """Run the loop until ``experience`` holds all rows of ``evaluations``; resumes what is half done.
+
+    ``journal`` takes down how far the predictor was off at the agent's policies; with ``early_stop`` the loop ends once
+    that is no more than it expected.
+    """
+    journal, done = journal or Journal(), 0
     for index, count in enumerate(schedule(evaluations)):
+        if early_stop and journal.settled(index - 1):
+            break
         before = experience.rows(before_round=index)
         complete = len(experience.rows(before_round=index + 1)) - len(before) >= count
-        if not complete:
-            proposals = _proposals(evaluator, before, index, count, seed, learning)
-            for start in range(0, len(proposals), evaluator.chunk):
-                policies, sources = zip(*proposals[start : start + evaluator.chunk], strict=True)
-                measure_many(evaluator, experience, policies, index, sources)
-                progress("evaluate", len(experience), evaluations)
+        if index == 0 and not complete:
+            _measure(evaluator, experience, initial_proposals(evaluator.grid, count, seed), 0, evaluations, progress)
+        elif index and not (complete and index in journal.rounds):
+            device = evaluator.weights.device
+            how = {"effort": _ROUND_EFFORT, "learning": learning, "experts": 0}
+            fitted = learn(evaluator.grid, before, seed + index, device, **how)
+            proposals = next_proposals(fitted.agent, fitted.predictor, before, count, seed + index)
+            _measure(evaluator, experience, proposals, index, evaluations, progress)
+            _take_down(journal, index, fitted.predictor, experience, proposals)
         done += count
         progress("evaluate", done, evaluations)
+
+
+def _measure(
+    evaluator: Evaluator,
+    experience: Experience,
+    proposals: Sequence[tuple[Policy, str]],
+    index: int,
+    evaluations: int,
+    progress: Progress,
+) -> None:
+    for start in range(0, len(proposals), evaluator.chunk):
+        policies, sources = zip(*proposals[start : start + evaluator.chunk], strict=True)
+        measure_many(evaluator, experience, policies, index, sources)
+        progress("evaluate", min(len(experience), evaluations), evaluations)
+
+
+def _take_down(
+    journal: Journal,
+    index: int,
+    predictor: Predictor,
+    experience: Experience,
+    proposals: Sequence[tuple[Policy, str]],
+) -> None:
+    """Compare what was predicted of the agent's own policies with what was measured."""
+    own = [policy for policy, source in proposals if source == "agent"]
+    if own:
+        measured = [experience.lookup(policy) for policy in own]
+        journal.add(Round.of(index, predictor(predictor.grid.encode(own)), measured))
 
 
 def learn(
@@ -100,16 +140,6 @@ def learn(
     fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(800 * effort))
     train_agent(agent, predictor.eval(), seed, steps=round(400 * effort), kind=how.agent, experts=experts)
     return Fitted(predictor, agent.eval())
-
-
-def _proposals(
-    evaluator: Evaluator, before: Sequence[Evaluation], index: int, count: int, seed: int, learning: Learning | None
-) -> list[tuple[Policy, str]]:
-    if index == 0:
-        return initial_proposals(evaluator.grid, count, seed)
-    device = evaluator.weights.device
-    fitted = learn(evaluator.grid, before, seed + index, device, effort=_ROUND_EFFORT, learning=learning, experts=0)
-    return next_proposals(fitted.agent, fitted.predictor, before, count, seed + index)
 
 
 def _tensors(grid: Grid, rows: Sequence[Evaluation]) -> tuple[Tensor, Tensor]:

@@ -13,20 +13,20 @@ import torch
 from torch import Generator, Tensor
 
 from .agent import Agent
-from .agent.episodes import stratified_ratios
 from .breeding import Effort, breed, cautious, move
 from .errors import InputError, PPFError
 from .experience import Evaluation
 from .grid import Grid
 from .policy import Policy
 from .predictor import Predictor
-from .sampling import random_levels, random_ratios, uniform_policy
+from .sampling import RATIO_RANGE, random_levels, random_ratios, uniform_policy
 
 # Share of a round that comes from the agent itself, from the agent with noise; the rest is bred on the predictor.
 _GREEDY, _NOISY = 0.35, 0.15
 _CAUTIONS = (0.0, -0.5, -1.0, -2.0)
 _EFFORT = Effort(generations=12, offspring=24, keep=8)
 _FRONTIER = 4  # measured policies that an island starts from
+_STRATA = 64  # parts of the range of ratios whose uncertainty is asked for
 _PATIENCE = 60  # fruitless draws after which a small model is taken to have no new policies left
 
 
@@ -70,13 +70,13 @@ def next_proposals(
             if policy not in seen:
                 proposals.setdefault(policy, source)
 
-    add(agent(_spread(count, generator).to(agent.device)), "agent", round(_GREEDY * count))
+    add(agent(_budgets(agent, predictor, count, generator)), "agent", round(_GREEDY * count))
     with_noise = round((_GREEDY + _NOISY) * count)
     for attempt in range(_PATIENCE):
         if len(proposals) >= with_noise:
             break
         noise = 0.2 * 1.5**attempt  # an agent that is sure of itself repeats itself
-        add(agent(_spread(count, generator).to(agent.device), noise, generator), "agent-noise", with_noise)
+        add(agent(_budgets(agent, predictor, count, generator), noise, generator), "agent-noise", with_noise)
     for _ in range(_PATIENCE):
         if len(proposals) >= count:
             return list(proposals.items())
@@ -88,9 +88,18 @@ def _exhausted(count: int) -> PPFError:
     return PPFError(f"cannot find {count} new policies to measure: the model has too few. Fit with fewer evaluations")
 
 
-def _spread(count: int, generator: Generator) -> Tensor:
-    """``count`` ratios, one from each of ``count`` equal parts of the range, in random order."""
-    return stratified_ratios(count, generator)[torch.randperm(count, generator=generator)]
+def _budgets(agent: Agent, predictor: Predictor, count: int, generator: Generator) -> Tensor:
+    """``count`` ratios in random order on the agent's device: half of them evenly over the range, the others where the
+    predictor is unsure of the agent's own policies (as a rule the severe ones)."""
+    low, high = RATIO_RANGE
+    middle = low + (high - low) * (torch.arange(_STRATA) + 0.5) / _STRATA
+    unsure = predictor(agent(middle.to(agent.device))).std.double().cpu().clamp_min(1e-12)
+    share = (0.5 / _STRATA + 0.5 * unsure / unsure.sum()).cumsum(0)
+    place = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    stratum = torch.searchsorted(share, place.double()).clamp_max(_STRATA - 1)
+    within = torch.rand(count, generator=generator) - 0.5
+    ratio = middle[stratum] + within * (high - low) / _STRATA
+    return ratio[torch.randperm(count, generator=generator)].to(agent.device)
 
 
 def _bred(agent: Agent, predictor: Predictor, rows: Sequence[Evaluation], count: int, generator: Generator) -> Tensor:
@@ -99,7 +108,7 @@ def _bred(agent: Agent, predictor: Predictor, rows: Sequence[Evaluation], count:
     Every island draws how much it trusts the predictor, so that what the predictor is unsure of gets its chance.
     """
     grid, device = agent.grid, agent.device
-    ratio = stratified_ratios(count, generator).to(device)
+    ratio = _budgets(agent, predictor, count, generator).sort().values  # neighbouring islands exchange policies
     known = frontier(grid, rows, ratio.cpu(), _FRONTIER).to(device)
     moved = move(known.flatten(0, 1), grid, ratio.repeat_interleave(known.shape[1])).view(known.shape)
     caution = torch.tensor(_CAUTIONS)[torch.randint(len(_CAUTIONS), (count,), generator=generator)]

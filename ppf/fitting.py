@@ -24,7 +24,8 @@ from .portable import portable_settings
 from .precision import compute_dtype
 from .progress import Progress, silent
 from .ranking import rank_layer
-from .run import MANIFEST, Run, layer_file, read_manifest
+from .rounds import Journal
+from .run import MANIFEST, ROUNDS, Run, layer_file, read_manifest
 from .settings import Settings
 from .structure import Structure
 from .text import Splits, check_context, pack, read_tokens, split, take_tokens
@@ -177,7 +178,8 @@ def _learn(run: Run, progress: Progress) -> None:
     settings = run.settings
     evaluator = run.evaluator()
     how = Learning(settings.predictor, settings.agent, error_energies(evaluator.library, run.grid))
-    collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how)
+    journal = Journal(run.path / ROUNDS)
+    collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how, journal, settings.early_stop)
     progress("learn", 0, 1)
     rows = run.experience.rows()
     fitted = learn(

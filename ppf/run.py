@@ -5,6 +5,7 @@ RUN/texts.safetensors        token sequences of calibration and evaluation
 RUN/statistics/layer-000…    calibration statistics and ranking of each layer
 RUN/library/layer-000…       refitted o and down of each level
 RUN/experience.sqlite        measured policies
+RUN/rounds.json              how far the predictor was off at the agent's own policies, round by round
 RUN/predictor.safetensors, RUN/agent.safetensors
 """
 
@@ -39,7 +40,7 @@ from .structure import Structure
 from .surgery import materialize
 from .weights import DecoderWeights, LayerRanking
 
-MANIFEST = "run.json"
+MANIFEST, ROUNDS = "run.json", "rounds.json"
 _Module = TypeVar("_Module", bound=nn.Module)
 # What every manifest has, with the type of its JSON value.
 _FIELDS = {"model": str, "fingerprint": str, "structure": dict, "settings": dict, "texts": dict, "state": str}

@@ -26,6 +26,7 @@ class Settings:
     evaluation_tokens: int = 16_384
     predictor: str = predictor_kinds.DEFAULT
     agent: str = agent_kinds.DEFAULT
+    early_stop: bool = False
     portable: bool = False
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from ppf import fitting
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
-from ppf.run import MANIFEST, Run
+from ppf.run import MANIFEST, ROUNDS, Run
 from ppf.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,7 @@ def test_what_a_fit_leaves(tiny_run):
     run = Run(tiny_run / "run")
     files = set(contents(run.path))
     layers = {f"{kind}/layer-00{index}.safetensors" for kind in ("statistics", "library") for index in range(4)}
-    assert files == layers | {MANIFEST, "texts.safetensors", "predictor.safetensors", "agent.safetensors"}
+    assert files == layers | {MANIFEST, ROUNDS, "texts.safetensors", "predictor.safetensors", "agent.safetensors"}
     assert run.is_complete and run.settings == SETTINGS and len(run.experience) == 40
     assert run.manifest["seconds"] > 0 and run.manifest["device"] == "cpu"
     assert run.manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
@@ -77,7 +77,7 @@ def test_a_finished_run_is_returned_untouched(tiny_run, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("evaluated again")
 
-    monkeypatch.setattr(Evaluator, "log_perplexity", never)
+    monkeypatch.setattr(Evaluator, "log_perplexities", never)
     again = fit(tiny_run, run)
     assert again.is_complete and contents(run) == before
     assert {file: file.stat().st_mtime_ns for file in times} == times
@@ -104,7 +104,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tiny_run, tmp_path,
         return patch
 
     deaths = [(fitting, "write_json", 0), (fitting, "save_refits", 0), (fitting, "refit_layer", 2)]
-    deaths += [(Evaluator, "log_perplexity", draw.randrange(1, 12)) for _ in range(3)]
+    deaths += [(Evaluator, "log_perplexities", draw.randrange(1, 4)) for _ in range(3)]
     deaths += [(fitting, "write_safetensors", 0), (fitting, "write_json", 0)]
     for index, (module, name, at) in enumerate(deaths):
         patch = dying(module, name, at)
