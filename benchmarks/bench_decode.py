@@ -1,10 +1,12 @@
 """The runtime at Llama shapes with random weights, against stock transformers in the same run. Needs a GPU.
 
-    python benchmarks/bench_decode.py --output benchmarks/results/decode_h200.json [--compiled] [--model llama-2-7b]
+    python benchmarks/bench_decode.py --output benchmarks/results/decode_h100.json [--model llama-2-7b]
+    python benchmarks/bench_decode.py --output benchmarks/results/decode_compiled_h100.json --compiled
 
 Dense, and with half of the kv-groups and channels of every layer; then one elastic model, switched between uniform
 policies. Medians of whole ``generate()`` calls; what the columns mean is in ppf/runtime/benchmark.py. ``--compiled``
-adds stock generation with a static cache and torch.compile, which compiles for a minute a model.
+compares one sequence's decoding with stock generation with a static cache and torch.compile too, and nothing else: it
+compiles for minutes.
 """
 
 from __future__ import annotations
@@ -55,17 +57,16 @@ def model_of(name: str, keep: float) -> PreTrainedModel:
     return build(config, state, torch.bfloat16)
 
 
-def measure(model: PreTrainedModel, ratio: float, runners: list[str], ceilings: Ceilings) -> list[dict[str, Any]]:
-    """All rows of one model, printed as they come."""
-    rows = []
-    for runner in runners:
-        if runner != "compiled":
-            rows += [prefill_row(model, runner, batch, 2048, ceilings, ratio, 5) for batch in (1, 8)]
-        if runner == "ppf":
-            rows += [decode_row(model, runner, batch, 128, 256, ceilings, ratio) for batch in (1, 16, 64)]
-        else:
-            # Eager steps take as long as they take, however many; compiled ones are compiled for one length.
-            rows.append(decode_row(model, runner, 1, 128, 256 if runner == "compiled" else 32, ceilings, ratio, 1))
+def measure(model: PreTrainedModel, ratio: float, compiled: bool, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """All rows of one model."""
+    rows = [decode_row(model, "ppf", 1, 128, 256, ceilings, ratio)]
+    # Eager steps take as long as they take, however many; compiled ones are compiled for one length.
+    rows.append(decode_row(model, "eager", 1, 128, 32, ceilings, ratio, 1))
+    if compiled:
+        rows.append(decode_row(model, "compiled", 1, 128, 256, ceilings, ratio, 1))
+    else:
+        rows += [decode_row(model, "ppf", batch, 128, 128, ceilings, ratio) for batch in (16, 64)]
+        rows += [prefill_row(model, r, batch, 2048, ceilings, ratio) for r in ("ppf", "eager") for batch in (1, 8)]
     for row in rows:
         print(row, flush=True)
     return rows_as_dicts(rows)
@@ -89,12 +90,13 @@ def elastic(name: str, ceilings: Ceilings) -> dict[str, Any]:
         first = [switch(model, ratio) for ratio in (0.3, 0.5)]
         resident = [switch(model, ratio) for ratio in (0.3, 0.5) * 10]
         result[kind] = {"first_ms": first, "again_ms_median": median(resident), "again_ms_max": max(resident)}
-        rows = []
-        for ratio in (0.0, 0.3, 0.5):
-            model.set_ratio(ratio)
-            rows.append(decode_row(model, "ppf", 1, 128, 128, ceilings, ratio))
-            rows.append(prefill_row(model, "ppf", 1, 2048, ceilings, ratio))
-        result[kind]["rows"] = rows_as_dicts(rows)
+        if library is not None:
+            rows = []
+            for ratio in (0.0, 0.5):
+                model.set_ratio(ratio)
+                rows.append(decode_row(model, "ppf", 1, 128, 128, ceilings, ratio))
+                rows.append(prefill_row(model, "ppf", 1, 2048, ceilings, ratio))
+            result[kind]["rows"] = rows_as_dicts(rows)
         result[kind]["weight_gigabytes"] = sum(p.nbytes for layer in weights.layers for p in vars(layer).values()) / 1e9
         print(kind, result[kind], flush=True)
     return result
@@ -148,20 +150,26 @@ def main() -> None:
         "product_TFLOP_per_s": round(ceilings.operations_per_second / 1e12, 1),
         "models": {},
     }
-    runners = ["ppf", "eager", *(["compiled"] if arguments.compiled else [])]
     for name in arguments.model or MODELS:
         rows = []
         for keep in (1.0, 0.5):
             start, model = time.perf_counter(), model_of(name, keep)
-            rows += measure(model, 1 - keep, runners, ceilings)
+            rows += measure(model, 1 - keep, arguments.compiled, ceilings)
             del model
             torch.cuda.empty_cache()
             print(f"{name} {keep}: {time.perf_counter() - start:.0f} s", flush=True)
-        report["models"][name] = {"rows": rows, "elastic": elastic(name, ceilings)}
-        torch.cuda.empty_cache()
-        temporary = arguments.output.with_suffix(".part")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(arguments.output)
+            report["models"][name] = {"rows": rows}
+            write(report, arguments.output)
+        if not arguments.compiled:
+            report["models"][name]["elastic"] = elastic(name, ceilings)
+            write(report, arguments.output)
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """After every model, so that a killed run leaves what it has measured."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":
