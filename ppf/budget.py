@@ -82,7 +82,7 @@ def limit_budget(grid: Grid, kind: str, requested: float, costs: Costs, limit: f
         problem = "is more than the dense model needs" if limit >= most else "is less than the smallest policy needs"
         unit = "" if scale == 1 else f" in the unit of --{kind}"
         raise InputError(kind, requested, problem, f"Policies cost from {low} to below {high}{unit} ({costs.unit})")
-    # The projection delivers the nearest cost, up to half the cheapest step beyond: aim half a step below.
-    steps = costs.table.diff(dim=1)
-    target = max(limit - float(steps[steps > 0].min()) / 2, least)
-    return Budget(grid, kind, requested, costs, target)
+    projector = Projector(grid, costs)
+    # Of regular costs it delivers the nearest, up to half the cheapest step beyond the target: aim half a step below.
+    margin = projector.cheapest / 2 if projector.is_regular else 0
+    return Budget(grid, kind, requested, costs, max(limit - margin, least))

@@ -9,7 +9,7 @@ on the data: one call is a fixed list of tensor operations, on a GPU without a s
 
 What is guaranteed for every feasible ratio: the cost is within half a step of the cheapest sub-layers of the budget,
 provided these together span a step of the dearest; in any case within half a step of the dearest. Tables with more than
-two step costs (measured latencies) are refined by exchanges instead, without such a guarantee.
+two step costs (measured latencies) are refined by exchanges instead, never beyond the budget.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from .grid import Grid
 # in many narrow ones for batches, where arithmetic does. (Sections a round, rounds), and the elements a round may have.
 _SECTIONS = ((63, 3), (15, 4), (3, 8), (1, 16))
 _ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+# Refinement of irregular tables: rounds, levels a sub-layer moves by, and the share of the target that is close enough.
 _EXCHANGES = 64
-_CLOSE = 1e-4  # of the target: near enough for an exchange of refinement to look at utilities
+_MOVES = (-2, -1, 0, 1, 2)
+_CLOSE = 0.01
 
 
 def check_ratio(ratio: float, grid: Grid) -> None:
@@ -202,47 +204,45 @@ class Projector(nn.Module):
         return [((other.double() - order.taken.double()) * order.cost).sum(1) for other in others]
 
     def _refined(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
-        """Steps up, down, or both at once, while one brings the cost closer to the target; near it, by utility."""
+        """Moves of one or two sub-layers by up to two levels each, while one brings the cost closer to the target from
+        below; among those that come about equally close, the one of the best utility."""
         for _ in range(_EXCHANGES):
             moved, gap, left = self._best_exchange(levels, utility, target)
-            closer = left < gap * (1 - 1e-9)
+            closer = (left < gap * (1 - 1e-9)) & (gap > _CLOSE * target)
             if not closer.any():
                 break
             levels = torch.where(closer[:, None], moved, levels)
         return levels
 
     def _best_exchange(self, levels: Tensor, utility: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels after the best exchange of a step up for a step down (either may be none), with the distances to the
-        target before and after it."""
+        """Levels after the best pair of moves, with the distances to the target, fp64 [B], before and after it."""
         gap = target - self.cost(levels)
-        cost, gain = zip(*(self._moves(levels, utility, sign) for sign in (1, -1)), strict=True)
-        change = cost[0][:, :, None] + cost[1][:, None, :]
-        left = (gap[:, None, None] - change).abs()
-        worth = (gain[0][:, :, None] + gain[1][:, None, :]).double()
-        # Beyond "close" only the distance counts; within it the utility, scaled to less than the limit.
-        limit = _CLOSE * target.abs()[:, None, None]
-        score = torch.where(left <= limit, -torch.sigmoid(worth), left / limit.clamp_min(1e-300))
-        best = score.flatten(1).argmin(1)
-        up, down = best // change.shape[2], best % change.shape[2]
-        moved = levels + _one_hot(up, levels) - _one_hot(down, levels)
-        return moved, gap.abs(), left.flatten(1).gather(1, best[:, None])[:, 0]
+        cost, gain = self._moves(levels, utility)
+        left = gap[:, None, None] - cost[:, :, None] - cost[:, None, :]
+        # Never beyond the target, and never two moves of one sub-layer.
+        owner = torch.arange(cost.shape[1], device=cost.device) // len(_MOVES)
+        left = left.masked_fill((left < -1e-9 * target[:, None, None]) | (owner[:, None] == owner), torch.inf)
+        close = torch.maximum(1.5 * left.amin((1, 2)), _CLOSE * target)
+        worth = (gain[:, :, None] + gain[:, None, :]).masked_fill(left > close[:, None, None], -torch.inf)
+        best = worth.flatten(1).argmax(1)
+        change = sum(self._change(move, levels) for move in (best // cost.shape[1], best % cost.shape[1]))
+        return levels + change, gap.abs(), left.flatten(1).gather(1, best[:, None])[:, 0].abs()
 
-    def _moves(self, levels: Tensor, utility: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-        """Cost fp64 and utility fp32 [B, S + 1] of one step up or down in every sub-layer, and of none (the last)."""
-        moved = levels + sign
-        possible = (moved >= self.minimum) & (moved <= self.maximum)
-        moved = moved.clamp(self.minimum, self.maximum)[..., None]
-        table = self.table.expand(len(levels), -1, -1)
-        cost = (table.gather(2, moved) - table.gather(2, levels[..., None]))[..., 0]
-        gain = (utility.gather(2, moved) - utility.gather(2, levels[..., None]))[..., 0]
-        cost = cost.masked_fill(~possible, torch.inf)
-        none = torch.zeros(len(levels), 1, device=levels.device)
-        return torch.cat((cost, none.double()), 1), torch.cat((gain, none), 1)
+    def _moves(self, levels: Tensor, utility: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost fp64 and utility fp32 of every move of every sub-layer, [B, S·moves]; infinite where impossible."""
+        moved = levels[..., None] + torch.tensor(_MOVES, device=levels.device)
+        possible = (moved >= self.minimum[:, None]) & (moved <= self.maximum[:, None])
+        moved = moved.clamp(self.minimum[:, None], self.maximum[:, None])
+        table, now = self.table.expand(len(levels), -1, -1), levels[..., None]
+        cost = (table.gather(2, moved) - table.gather(2, now)).masked_fill(~possible, torch.inf)
+        return cost.flatten(1), (utility.gather(2, moved) - utility.gather(2, now)).flatten(1)
 
-
-def _one_hot(index: Tensor, levels: Tensor) -> Tensor:
-    """int64 [B, S] with a one at ``index`` [B]; none where that is S."""
-    return (index[:, None] == torch.arange(levels.shape[1], device=levels.device)).long()
+    @staticmethod
+    def _change(move: Tensor, levels: Tensor) -> Tensor:
+        """By how much each of ``moves`` [B] changes every level, int64 [B, S]."""
+        size = torch.tensor(_MOVES, device=levels.device)[move % len(_MOVES)]
+        owner = (move // len(_MOVES))[:, None] == torch.arange(levels.shape[1], device=levels.device)
+        return owner * size[:, None]
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,121 @@
+"""Profiles: what is timed, how differences are shared out, and that the sum meets whole models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from cli_cases import answer, refusal
+from factories import dense_weights
+
+from ppf import profiling
+from ppf.errors import InputError
+from ppf.grid import Grid
+from ppf.models import policy_of
+from ppf.policy import Policy
+from ppf.profiling import Workload, _spread, check_workload, measure_profile, milliseconds
+from ppf.request import PROFILE
+from ppf.run import Run
+from ppf.surgery import materialize
+from ppf.weights import LayerRanking
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def builder():
+    model, weights = dense_weights()
+    grid, s = Grid(weights.structure, 8), weights.structure
+    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
+    return grid, lambda policy: materialize(model.config, weights, order, grid, policy)
+
+
+def made_up(policy: Policy) -> float:
+    """A clock that adds up: 3 ms, 0.4 ms a kv-group with a jump, 0.01 ms a channel."""
+    attention = sum(0.4 * n + 0.1 * (n > 2) for n in policy.attention)
+    return 3 + attention + sum(0.01 * w for w in policy.ffn)
+
+
+def test_differences_are_shared_out_exactly(builder, monkeypatch):
+    grid, build = builder
+    monkeypatch.setattr(profiling, "milliseconds", lambda model, _: made_up(policy_of(model.config)))
+    seen = []
+    profile = measure_profile(grid, build, Workload("prefill", 1, 8), lambda *event: seen.append(event))
+    assert profile.constant == pytest.approx(3)
+    assert profile.attention == pytest.approx([0, 0.4, 0.8, 1.3])
+    assert profile.ffn == pytest.approx([0.08 * n for n in range(9)])
+    assert [event[1] for event in seen] == list(range(1, len(seen) + 1)) and seen[-1][1] <= seen[-1][2]
+    uneven = Policy([1, 3, 0, 2], [64, 0, 8, 40])
+    assert float(profile.costs(grid).of(grid.encode([uneven]))[0]) == pytest.approx(made_up(uneven))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_real_models_are_timed(builder, phase):
+    grid, build = builder
+    workload = Workload(phase, 2, 16)
+    assert 0 < milliseconds(build(grid.dense()), workload) < 1000
+    profile = measure_profile(grid, build, workload)
+    assert len(profile.attention) == 4 and len(profile.ffn) == 9 and profile.constant > 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 23, 24, 25, 40, 172])
+def test_spread_levels_cover_the_range(limit):
+    levels = _spread(limit)
+    assert levels[-1] == limit and levels[0] >= 1 and len(levels) == min(limit, 24)
+    assert max(b - a for a, b in zip(levels, levels[1:], strict=False)) <= -(-limit // 24) if limit > 1 else True
+
+
+def test_workloads_fit_the_model():
+    check_workload(Workload("decode", 1, 127), 128)
+    for workload, field in ((Workload("decode", 0, 8), "batch"), (Workload("prefill", 1, 0), "prefill")):
+        with pytest.raises(InputError, match=field):
+            check_workload(workload, 128)
+    with pytest.raises(InputError, match="context of 128"):
+        check_workload(Workload("decode", 1, 128), 128)
+
+
+def test_the_command_writes_what_latency_budgets_read(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    options = "--prefill", 24, "--decode", 24, "--device", "cpu"
+    data = answer("profile", tmp_path / "run", *options)
+    stored = json.loads((tmp_path / "run" / PROFILE).read_text())
+    assert stored["profiles"] == data["profiles"] and stored["runner"] == "transformers"
+    assert data["profiles"]["prefill"]["workload"] == {"phase": "prefill", "batch": 1, "tokens": 24}
+    run = Run(tmp_path / "run")
+    least, most = profiling.Profile.from_dict(data["profiles"]["prefill"]).costs(run.grid).range(run.grid)
+    asked = least + 0.6 * (most - least)
+    report = answer("prune", run.path, "--latency-ms", asked, "--device", "cpu", "--output", tmp_path / "out")
+    assert report["budget"]["measured"] > 0 and report["budget"]["workload"]["tokens"] == 24
+    assert 0.5 * asked < report["budget"]["predicted"] <= asked * (1 + 1e-9)  # a busy machine's table is coarse
+
+
+def test_a_model_needs_an_output(tiny_run, tmp_path):
+    refusal("profile", tiny_run / "model", "--device", "cpu", field="output")
+    given = "profile", tiny_run / "model", "--device", "cpu", "--ffn-multiple", 32, "--prefill", 16, "--decode", 16
+    data = answer(*given, "--output", tmp_path / "profile.json")
+    assert len(data["profiles"]["decode"]["ffn"]) == 3 and (tmp_path / "profile.json").exists()
+    refusal("profile", tiny_run / "run", "--device", "cpu", "--prefill", 400, field="prefill")
+
+
+@pytest.mark.gpu
+def test_the_sum_meets_whole_models_on_a_gpu():
+    """Uneven policies of a model whose sub-layers take long enough to be timed: within a tenth."""
+    model, weights = dense_weights(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=64, max_position_embeddings=2048,
+    )  # fmt: skip
+    model, weights = model.to("cuda", torch.bfloat16), weights
+    from ppf.weights import DecoderWeights
+
+    weights = DecoderWeights.from_model(model)
+    grid, s = Grid(weights.structure, 256), weights.structure
+    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
+
+    def build(policy):
+        return materialize(model.config, weights, order, grid, policy)
+
+    for workload in (Workload("prefill", 1, 1024), Workload("decode", 1, 512)):
+        profile = measure_profile(grid, build, workload)
+        policy = Policy([8, 2, 4, 0, 6, 8, 1, 5], [2816, 1024, 0, 2048, 512, 1280, 2816, 256])
+        predicted = float(profile.costs(grid).of(grid.encode([policy]))[0])
+        assert milliseconds(build(policy), workload) == pytest.approx(predicted, rel=0.1)
