@@ -12,6 +12,8 @@ the one before drains, asks the L2 cache for its first weights, and only then wa
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -180,12 +182,19 @@ def linear(
 
 
 def launch(config: Config, pdl: bool, depth: int, x: Tensor) -> dict[str, int | bool]:
-    """Launch arguments of a tile: no more lines ahead than a weight row has, half the pipeline for fp32."""
+    """Launch arguments of a tile: no more lines ahead than a weight row has; half the pipeline where it does not fit."""
     lines = min(config.get("LINES", 0), depth * x.element_size() // 128)
     lines = 1 << (lines.bit_length() - 1) if pdl and lines else 0
-    stages = config["STAGES"] if x.element_size() == 2 else max(2, config["STAGES"] // 2)
+    fits = x.element_size() == 2 and large_shared_memory(x.device)
+    stages = config["STAGES"] if fits else max(2, config["STAGES"] // 2)
     chosen = {**config, "LINES": lines, "STAGES": stages}
     return {**chosen, "launch_pdl": True} if pdl else chosen
+
+
+@lru_cache
+def large_shared_memory(device: torch.device) -> bool:
+    """The 227 KB that data-centre GPUs have from Hopper on; the tiles were chosen for them. The interpreter has all."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def pdl_available(device: torch.device, tokens: int) -> bool:
