@@ -182,7 +182,7 @@ def linear(
 
 
 def launch(config: Config, pdl: bool, depth: int, x: Tensor) -> dict[str, int | bool]:
-    """Launch arguments of a tile: no more lines ahead than a weight row has; half the pipeline where it does not fit."""
+    """Launch arguments of a tile: no more lines ahead than a weight row has, half the stages where memory is short."""
     lines = min(config.get("LINES", 0), depth * x.element_size() // 128)
     lines = 1 << (lines.bit_length() - 1) if pdl and lines else 0
     fits = x.element_size() == 2 and large_shared_memory(x.device)

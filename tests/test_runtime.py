@@ -100,6 +100,23 @@ def test_greedy_tokens_are_the_plain_ones(make, heads, lengths, served):
     assert torch.equal(got, wanted) and len(served) == 1
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
+VARIANTS = {
+    "tied": lambda: dense(tie_word_embeddings=True),
+    "llama3 rotary": lambda: dense(rope_parameters=LLAMA3),
+    "mistral": lambda: ppf.accelerate(pruned(Policy([5] * 4, [32] * 4), heads="mha")),
+    "one kv-group": lambda: pruned(Policy([1, 1, 1, 1], [8, 64, 8, 64])),
+    "wide head": lambda: dense(head_dim=24),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_llamas(name, served):
+    got, wanted = both(VARIANTS[name](), **prompts(20, 6), max_new_tokens=40, **GREEDY)
+    assert torch.equal(got, wanted) and len(served) == 1
+
+
 def test_256_tokens(served):
     model = dense(max_position_embeddings=512)
     got, wanted = both(model, **prompts(9), max_new_tokens=256, eos_token_id=None, **GREEDY)
