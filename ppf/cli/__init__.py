@@ -15,6 +15,7 @@ from .failures import Commands
 from .fit import fit
 from .generate import generate
 from .info import info
+from .pareto import pareto
 from .policy import policy
 from .profile import profile
 from .prune import prune
@@ -31,6 +32,7 @@ app.command("generate")(generate)
 app.command("info")(info)
 app.command("compare")(compare)
 app.command("profile")(profile)
+app.command("pareto")(pareto)
 app.command("bench")(bench)
 app.command("export")(export)
 app.command("report")(report)

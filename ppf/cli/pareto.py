@@ -1,0 +1,44 @@
+"""``ppf pareto``: perplexity against size and latency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from .console import show
+from .options import Json, RunFolder
+
+
+def pareto(
+    run: RunFolder,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the page; the RUN if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predicted and measured perplexity against size and, after `ppf profile`, latency: a page, JSON and a table."""
+    from ..files import write_json
+    from ..pareto import pareto as curve
+    from ..pareto import pareto_page
+    from ..run import Run
+
+    data, folder = curve(Run(run)), output or run
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "pareto.json", data)
+    pareto_page(data).write(folder / "pareto.html")
+    show(as_json, data, _table(data), f"Page: {folder / 'pareto.html'}")
+
+
+def _table(data: dict) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("removed", *(f"{a.replace('_', ' ')}, {unit}" for a, unit in data["axes"].items()), "perplexity"):
+        table.add_column(header, justify="right")
+    for point in data["predicted"]:
+        low, high = point["predicted_range"]
+        values = (f"{point[axis]:,.4g}" for axis in data["axes"])
+        table.add_row(
+            f"{point['ratio']:.1%}", *values, f"{point['predicted_perplexity']:.2f} ({low:.2f} to {high:.2f})"
+        )
+    return table
