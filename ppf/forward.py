@@ -14,8 +14,9 @@ from .ops import elementwise  # noqa: F401  (defines the ops)
 from .structure import Structure
 from .weights import DecoderWeights, LayerWeights
 
-# Logits in fp32 held at once: 1 GB is 2,048 tokens of a vocabulary of 128k, or 65,536 of one of 4k.
-_LOGIT_BYTES = 1 << 30
+# Logits in fp32 held at once. A GPU wants large products: 1 GB is 2,048 tokens of a vocabulary of 128k, or 65,536 of one
+# of 4k. A CPU wants them to stay in cache: twice as fast.
+_LOGIT_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
 
 
 def rope(weights: DecoderWeights, length: int) -> tuple[Tensor, Tensor]:
@@ -67,9 +68,14 @@ def token_losses(weights: DecoderWeights, hidden: Tensor, tokens: Tensor) -> Ten
 def head_losses(normed: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     """The same for hidden states that are normalised already, and a head [vocabulary, hidden]."""
     x, targets = normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    block = max(1, _LOGIT_BYTES // (4 * len(head)))
+    block = logit_block(head)
     losses = [
         torch.ops.ppf.row_losses(F.linear(part, head), target)
         for part, target in zip(x.split(block), targets.split(block), strict=True)
     ]
     return torch.cat(losses).view(len(tokens), -1)
+
+
+def logit_block(head: Tensor) -> int:
+    """How many tokens to make logits of at once."""
+    return max(1, _LOGIT_BYTES[head.device.type] // (4 * len(head)))

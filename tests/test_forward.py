@@ -65,7 +65,7 @@ def test_attention_is_causal():
 
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 2048])
 def test_losses_are_those_of_the_logits_whatever_the_block(monkeypatch, tokens_at_once):
-    monkeypatch.setattr(forward, "_LOGIT_BYTES", tokens_at_once * 4 * VOCABULARY)
+    monkeypatch.setitem(forward._LOGIT_BYTES, "cpu", tokens_at_once * 4 * VOCABULARY)
     model, weights = dense_weights()
     ids = tokens(3, 24)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def test_blocks_do_not_change_the_value(monkeypatch):
             largest.append(x.shape[:-1].numel())
         return linear(x, weight, *rest)
 
-    monkeypatch.setattr(forward, "_LOGIT_BYTES", 7 * 4 * 258)
+    monkeypatch.setitem(forward._LOGIT_BYTES, "cpu", 7 * 4 * 258)
     monkeypatch.setattr(F, "linear", watched)
     assert model_log_perplexity(model, sequences) == pytest.approx(whole, rel=1e-7)
     assert max(largest[2:]) == 7  # after the two of the probe of eight tokens

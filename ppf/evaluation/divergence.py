@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import norm
+from ..forward import logit_block, norm
 from ..grid import Grid
 from ..weights import DecoderWeights
 from .batched import Batched
@@ -21,7 +21,6 @@ from .plan import executed
 from .serial import Serial
 
 TOP = 64
-_LOGIT_BYTES = 1 << 29
 
 
 class Divergences:
@@ -54,7 +53,7 @@ class Divergences:
     def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits fp32 [block, vocabulary] of all but each sequence's last token, from hidden states [B, T, hidden]."""
         normed = norm(hidden, self.weights.norm, self.weights.epsilon)[:, :-1].flatten(0, 1)
-        for part in normed.split(max(1, _LOGIT_BYTES // (4 * len(self.weights.head)))):
+        for part in normed.split(logit_block(self.weights.head)):
             yield F.linear(part, self.weights.head).float()
 
 
