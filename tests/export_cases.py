@@ -162,7 +162,7 @@ def transformers_greedy(checkpoint: Path, ids: list[int], new: int = 64) -> list
 
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A new process, in a folder where the source tree cannot be imported by accident."""
+    """A new process, in a folder where the source tree cannot be imported by accident, and without ppf_autoload."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} | environment
     return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=120)

@@ -1,6 +1,7 @@
 """The pruned Hugging Face classes and the layout of policies, on tiny models; all on the CPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -295,7 +296,9 @@ def test_fresh_process_needs_the_import_and_nothing_else(tmp_path):
 def _python(code: str, *arguments) -> subprocess.CompletedProcess:
     repository = Path(__file__).parents[1]
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=120)
+    # Without ppf_autoload, which would make the import needless.
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment, timeout=120)
 
 
 def test_build_takes_tensors_over_and_carries_the_generation_config():
