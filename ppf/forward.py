@@ -14,8 +14,8 @@ from .ops import elementwise  # noqa: F401  (defines the ops)
 from .structure import Structure
 from .weights import DecoderWeights, LayerWeights
 
-# Logits in fp32 held at once. A GPU wants large products: 1 GB is 2,048 tokens of a vocabulary of 128k, or 65,536 of one
-# of 4k. A CPU wants them to stay in cache: twice as fast.
+# Logits in fp32 held at once. A GPU wants large products: 1 GB is 2,048 tokens of a vocabulary of 128k, or 65,536 of
+# one of 4k. A CPU wants them to stay in cache: twice as fast.
 _LOGIT_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
 
 

@@ -33,7 +33,7 @@ DAMPING = 1e-3
 # Up to this many inputs the factors are kept in fp64: it costs megabytes. Beyond, fp32 halves gigabytes.
 _EXACT_INPUTS = 2048
 # Solved levels to keep: on a CPU so many bytes, on a GPU this share of the memory that is free.
-_CACHE_BYTES, _FREE_SHARE = 8 << 30, 0.75
+_CACHE_BYTES, _FREE_SHARE = 8 << 30, 0.85
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ def refit_layer(
 class Library:
     """Refitted output projections by sub-layer (numbered as in :class:`Grid`) and level.
 
-    If the solutions of all levels fit into ``cache_bytes`` (default: 8 GiB on a CPU, three quarters of what is free on
-    a GPU), a sub-layer's are solved together when the first one is asked for, and kept. Otherwise each is solved when
+    If the solutions of all levels fit into ``cache_bytes`` (default: 8 GiB on a CPU, 85 % of what is free on a GPU), a sub-layer's are solved together when the first one is asked for, and kept. Otherwise each is solved when
     asked for, and the most recently used are kept. The results are the same, bit for bit.
     """
 

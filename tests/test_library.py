@@ -204,7 +204,7 @@ def test_factors_go_to_the_gpu_only_with_room_for_their_solutions(monkeypatch):
     factors = 32 * sum(4 * n * (n + 4096) for n, _ in sizes)
     solutions = 32 * sum(2 * 4096 * sum(widths) for _, widths in sizes)
     assert library_bytes(grid) == factors and solutions / 1e9 == pytest.approx(42.2, abs=0.1)
-    for free, fits in ((factors + solutions) / 0.75 * 1.001, True), ((factors + solutions) / 0.75 * 0.999, False):
+    for free, fits in ((factors + solutions) / 0.85 * 1.001, True), ((factors + solutions) / 0.85 * 0.999, False):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 80 << 30))
         assert fits_on_device(grid, torch.bfloat16, torch.device("cuda")) is fits
     assert fits_on_device(grid, torch.bfloat16, torch.device("cpu"))  # mapped files, whatever is free
