@@ -119,8 +119,9 @@ def refit_layer(
 class Library:
     """Refitted output projections by sub-layer (numbered as in :class:`Grid`) and level.
 
-    If the solutions of all levels fit into ``cache_bytes`` (default: 8 GiB on a CPU, 85 % of what is free on a GPU), a sub-layer's are solved together when the first one is asked for, and kept. Otherwise each is solved when
-    asked for, and the most recently used are kept. The results are the same, bit for bit.
+    If the solutions of all levels fit into ``cache_bytes`` (default: 8 GiB on a CPU, 85 % of what is free on a GPU), a
+    sub-layer's are solved together when the first one is asked for, and kept. Otherwise each is solved when asked for,
+    and the most recently used are kept. The results are the same, bit for bit.
     """
 
     def __init__(self, refits: Sequence[Refit], dtype: torch.dtype | None = None, cache_bytes: int | None = None):
