@@ -34,7 +34,7 @@ def masked_swiglu(
     """
     check_operands(x, gate=gate, up=up, down=down)
     channels, hidden = gate.shape
-    _check_shapes(up, down, channels, hidden, down_transposed)
+    check_shapes(up, down, channels, hidden, down_transposed)
     check_columns(x, hidden)
     selection = selection or Selection.full(channels)
     selection.check("selection", channels)
@@ -50,7 +50,8 @@ def masked_swiglu(
     return y.view(x.shape)
 
 
-def _check_shapes(up: Tensor, down: Tensor, channels: int, hidden: int, down_transposed: bool) -> None:
+def check_shapes(up: Tensor, down: Tensor, channels: int, hidden: int, down_transposed: bool) -> None:
+    """Raise ``InputError`` unless up and down fit a gate of [channels, hidden]."""
     if up.shape != (channels, hidden):
         raise InputError("up", list(up.shape), f"differs from gate, [{channels}, {hidden}]", "Give both as [C, H]")
     expected = (channels, hidden) if down_transposed else (hidden, channels)
