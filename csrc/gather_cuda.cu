@@ -1,8 +1,10 @@
 // The channel gather on the device: any number of tensors in one launch, their descriptors passed by value.
 //
 // Two kernels share the launch code:
-// * `copy_kernel` moves pieces of 16 bytes (less where something is misaligned), a warp per row, eight loads in flight
-//   per lane. It serves row gathers and columns in aligned blocks (heads, prefixes), and reads kept bytes only.
+// * `copy_kernel` moves pieces of 16 bytes (less where something is misaligned), four loads in flight per thread. It
+//   serves row gathers and columns in aligned blocks (heads, prefixes), and reads kept bytes only. A block is small and
+//   soon over, a row of a Llama each: so many come and go that loads and stores mix evenly over the whole chip. Bulk
+//   copies through shared memory, and larger blocks, are slower (dev/LOG.md).
 // * `staged_kernel` serves scattered columns. A 2-byte pick costs a 32-byte sector, so at the usual densities whole
 //   source rows are read anyway: they are copied to a ring in shared memory in 16-byte pieces while earlier rows are
 //   picked there. A thread makes the same picks in every row of its tile, so it holds their positions in registers.
@@ -11,20 +13,21 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 
+#include "device.cuh"
 #include "gather.h"
 
 namespace ppf {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kUnroll = 8;
+constexpr int kCopyThreads = 128;
+constexpr int kUnroll = 4;
 // Kernel parameters hold 32,764 bytes from CUDA 12.1 on, 4 KiB before.
 constexpr int kJobs = CUDART_VERSION >= 12010 ? 400 : 48;
 constexpr int kFewJobs = 4;
-constexpr int64_t kTileBytes = 64 << 10;
+constexpr int64_t kTileBytes = 8 << 10;
+// With hundreds of jobs a block has to find its own first, which larger tiles share.
+constexpr int64_t kManyJobsTileBytes = 64 << 10;
 constexpr int kStagedThreads = 512;
 // Few, so that blocks start and end at different times: some load while others pick, to the last row.
 constexpr int kStagedTileRows = 4;
@@ -68,24 +71,26 @@ __device__ const Job& find_job(const Jobs<N>& jobs) {
 
 template <class Piece, bool kByRow>
 __device__ void copy_tile(const Job& job, int first, int last) {
-  const int lane = threadIdx.x % 32, pieces = job.pieces, step = job.step;
+  const int pieces = job.pieces, step = job.step;
+  // Threads that share a row: short rows are copied several at a time.
+  const int across = pieces > 64 ? kCopyThreads : pieces > 32 ? 64 : 32;
   const int32_t* __restrict__ index = job.index;
-  for (int row = first + threadIdx.x / 32; row < last; row += kWarps) {
+  for (int row = first + threadIdx.x / across; row < last; row += kCopyThreads / across) {
     const int64_t from = kByRow ? __ldg(index + row) : row;
     const Piece* source = reinterpret_cast<const Piece*>(job.source + from * job.source_stride);
     Piece* target = reinterpret_cast<Piece*>(job.target + row * job.target_stride);
-    for (int base = lane; base < pieces; base += 32 * kUnroll) {
+    for (int base = threadIdx.x % across; base < pieces; base += across * kUnroll) {
       Piece held[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int piece = base + 32 * u;
+        const int piece = base + across * u;
         if (piece < pieces) {
           held[u] = __ldcs(source + (kByRow ? piece : __ldg(index + static_cast<int64_t>(piece) * step) / step));
         }
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (base + 32 * u < pieces) __stcs(target + base + 32 * u, held[u]);
+        if (base + across * u < pieces) __stcs(target + base + across * u, held[u]);
       }
     }
   }
@@ -102,7 +107,7 @@ __device__ void copy_tile_of_width(const Job& job, int first, int last) {
 }
 
 template <int N>
-__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ Jobs<N> jobs) {
+__global__ void __launch_bounds__(kCopyThreads) copy_kernel(const __grid_constant__ Jobs<N> jobs) {
   const Job& job = find_job(jobs);
   const int first = (static_cast<int>(blockIdx.x) - job.first_tile) * job.tile_rows;
   const int last = min(job.rows, first + job.tile_rows);
@@ -224,33 +229,6 @@ __global__ void __launch_bounds__(kStagedThreads, staged_blocks(kSlots))
   }
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("gather: ") + what + ": " + cudaGetErrorString(error));
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
-  return value;
-}
-
-// Makes `device` current for the calling thread's launches and restores the previous one.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = previous_ != device;
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 // The widest access that divides addresses, strides and row lengths alike.
 int access_width(const GatherJob& job, int64_t target_row_bytes) {
   const int64_t size = job.element_size;
@@ -267,7 +245,7 @@ struct Plan {
   std::vector<Job> copies, staged;
 };
 
-void add_job(Plan& plan, const GatherJob& job, int64_t shared_limit) {
+void add_job(Plan& plan, const GatherJob& job, int64_t shared_limit, int64_t tile_bytes) {
   const int64_t size = job.element_size, kept = job.dim == 0 ? job.columns : job.count;
   const int width = access_width(job, kept * size);
   Job out{};
@@ -292,8 +270,7 @@ void add_job(Plan& plan, const GatherJob& job, int64_t shared_limit) {
   out.width = static_cast<int16_t>(width);
   out.step = static_cast<int8_t>(job.dim == 0 ? 1 : width / size);
   out.pieces = static_cast<int32_t>(kept * size / width);
-  const int64_t tile_rows = (kTileBytes / (kept * size) + kWarps - 1) / kWarps * kWarps;
-  out.tile_rows = static_cast<int32_t>(std::max<int64_t>(tile_rows, kWarps));
+  out.tile_rows = static_cast<int32_t>(std::max<int64_t>(tile_bytes / (kept * size), 1));
   plan.copies.push_back(out);
 }
 
@@ -317,7 +294,7 @@ void launch_chunks(const std::vector<Job>& all, const Launch& launch) {
 template <int N>
 void launch_copies(const std::vector<Job>& jobs, cudaStream_t stream) {
   launch_chunks<N>(jobs, [&](const Jobs<N>& chunk, unsigned tiles) {
-    copy_kernel<N><<<tiles, kThreads, 0, stream>>>(chunk);
+    copy_kernel<N><<<tiles, kCopyThreads, 0, stream>>>(chunk);
   });
 }
 
@@ -376,9 +353,10 @@ void gather_cuda(const std::vector<GatherJob>& jobs, int device, void* stream_ad
   const DeviceScope scope(device);
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const int64_t limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t tile_bytes = jobs.size() > kFewJobs ? kManyJobsTileBytes : kTileBytes;
   Plan plan;
   for (const GatherJob& job : jobs) {
-    if (job.rows > 0 && job.columns > 0 && job.count > 0) add_job(plan, job, limit);
+    if (job.rows > 0 && job.columns > 0 && job.count > 0) add_job(plan, job, limit, tile_bytes);
   }
   if (plan.copies.size() > kFewJobs) {
     launch_copies<kJobs>(plan.copies, stream);

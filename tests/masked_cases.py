@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ppf.ops.selection import Selection
@@ -57,6 +58,30 @@ def within_twice(got: Tensor, shrunk: Tensor, exact: Tensor) -> bool:
     if got.numel() == 0 or not exact.any():
         return torch.equal(got.double(), exact.double())
     return error(got, exact) <= 2 * max(error(shrunk, exact), FLOOR[got.dtype])
+
+
+def normal(*shape: int, dtype=torch.bfloat16) -> Tensor:
+    """Weights of the size that keeps activations near one, on the GPU."""
+    return (torch.randn(*shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
+
+
+def listed(count: int, total: int) -> Tensor:
+    return torch.randperm(total)[:count].int().cuda()
+
+
+def poisoned(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    """A copy whose unlisted rows or columns are NaN."""
+    pruned = torch.full_like(weight, float("nan"))
+    return pruned.index_copy_(dim, index.long(), weight.index_select(dim, index))
+
+
+def mlp(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x · weightᵀ in the dtype and in fp64."""
+    return F.linear(x, weight), F.linear(x.double(), weight.double())
 
 
 def interpreted(file: str) -> None:

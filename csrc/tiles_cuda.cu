@@ -1,0 +1,343 @@
+// Products of many tokens with listed weight rows, at the speed of rows that lie side by side.
+//
+// Hopper's tensor copies address tiles, not lists of rows. So four producer warps fetch each row of a step, 128 bytes,
+// in 16-byte pieces to the place that the matrix units expect (rows permuted by the 128-byte swizzle), several steps
+// ahead of two consumer warpgroups of 64 tokens each. One block a multiprocessor takes tiles until none is left, and
+// its producers are at the next tile while the consumers store the last. The width of a tile is chosen so that the
+// last wave of tiles is as full as possible.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "async_copy.cuh"
+#include "device.cuh"
+#include "tiles.h"
+#include "wgmma.cuh"
+
+namespace ppf {
+namespace {
+
+constexpr int kTokens = 128;  // of a tile
+constexpr int kStep = 64;     // contraction positions of a stage: rows of 128 bytes
+constexpr int kRowBytes = kStep * 2;
+constexpr int kGroupThreads = 128;
+constexpr int kThreads = 3 * kGroupThreads;
+constexpr int kXBytes = kTokens * kRowBytes;
+constexpr int kMostShared = 227 << 10;
+
+enum class Rows { kOutputs, kPair, kUnits };
+
+template <int kWide>
+struct Stage {
+  static constexpr int kBytes = kXBytes + kWide * kRowBytes;
+  static constexpr int kCount = std::min(8, (kMostShared - 1024 - 2304) / kBytes);
+};
+
+__host__ __device__ constexpr int outputs_of(int wide, Rows kind) { return kind == Rows::kPair ? wide / 2 : wide; }
+
+#ifdef PPF_WGMMA
+__device__ __forceinline__ void copy_piece(uint32_t target, const char* source, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// Arrives at the barrier once this thread's copies so far have landed.
+__device__ __forceinline__ void arrive_with_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+constexpr int kBatch = 512;  // list entries looked up at once
+constexpr int kEntries = kBatch / kGroupThreads;
+
+template <int kCount>
+struct Sync {
+  uint64_t full[kCount], empty[kCount];
+  int32_t entries[kBatch];
+};
+
+// A list read by the four producer warps, each entry once. A load waits for all copies issued before it, so batches are
+// asked for a whole batch ahead and kept in shared memory: looked up step by step, every step took a trip to memory.
+class Lookup {
+ public:
+  __device__ Lookup(const int32_t* list, int count, int32_t* shared) : list_(list), count_(count), shared_(shared) {}
+
+  __device__ void start() {
+    ask(0);
+    take(0);
+  }
+
+  // Before entries [first, first + step) are read; `first` is a multiple of `step`, which divides the batch.
+  __device__ void reach(int first) {
+    if (first > 0 && first % kBatch == 0) take(first);
+  }
+
+  __device__ int operator[](int entry) const { return list_ ? shared_[entry % kBatch] : min(entry, count_ - 1); }
+
+ private:
+  __device__ void ask(int first) {
+    if (!list_) return;
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const int at = first + i * kGroupThreads + static_cast<int>(threadIdx.x) % kGroupThreads;
+      next_[i] = __ldg(list_ + min(at, count_ - 1));
+    }
+  }
+
+  __device__ void take(int first) {
+    if (!list_) return;
+    producers_meet();  // nobody reads the old batch any more
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) shared_[i * kGroupThreads + threadIdx.x % kGroupThreads] = next_[i];
+    producers_meet();
+    ask(first + kBatch);
+  }
+
+  __device__ static void producers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kGroupThreads) : "memory"); }
+
+  const int32_t* list_;
+  int count_;
+  int32_t* shared_;
+  int next_[kEntries];
+};
+
+// Tile number to its first token and output; tiles of one weight part follow each other, so that L2 serves it.
+struct Place {
+  int token, output;
+
+  __device__ Place(const TileJob& p, int tile, int outputs) {
+    const int of_tokens = (p.tokens + kTokens - 1) / kTokens;
+    token = tile % of_tokens * kTokens;
+    output = tile / of_tokens * outputs;
+  }
+};
+
+template <int kWide, Rows kKind>
+__device__ void produce(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCount>& sync, int tiles) {
+  using Ring = Stage<kWide>;
+  constexpr int kOutputs = outputs_of(kWide, kKind);
+  constexpr int kSlots = kWide / 16;  // weight pieces of a thread and stage
+  const int thread = threadIdx.x % kGroupThreads;
+  const int row = thread / 8, piece = thread % 8;
+  // Rows 16 apart keep the swizzle of the first, so a thread's pieces lie 16 rows apart.
+  const uint32_t swizzled = row * kRowBytes + ((piece ^ (row & 7)) << 4);
+  // Over units a row is kWide columns: kWide / 64 parts of 128 bytes, 64 units of each.
+  constexpr int kAcross = kWide / 8, kRowsAtOnce = kGroupThreads / kAcross;
+  const int across = thread % kAcross, unit0 = thread / kAcross;
+  int stage = 0, lap = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Place at(p, tile, kOutputs);
+    const char* x[kTokens / 16];
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i) {
+      x[i] = static_cast<const char*>(p.x) + min(at.token + row + 16 * i, p.tokens - 1) * p.x_pitch + piece * 16;
+    }
+    uint32_t place[kKind == Rows::kUnits ? 1 : kSlots];  // of weight rows, in 16 bytes
+    if constexpr (kKind != Rows::kUnits) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const int line = row + 16 * i;
+        const bool second = kKind == Rows::kPair && line >= kOutputs;
+        const int output = min(at.output + (second ? line - kOutputs : line), p.width - 1);
+        const int number = p.rows ? __ldg(p.rows + output) : output;
+        place[i] = static_cast<uint32_t>(number * ((second ? p.pair_pitch : p.weight_pitch) / 16)) + piece;
+      }
+    }
+    Lookup units(p.rows, p.depth, sync.entries), blocks(p.blocks, p.depth / kStep, sync.entries);
+    kKind == Rows::kUnits ? units.start() : blocks.start();
+    for (int k = 0; k < p.depth; k += kStep) {
+      const uint32_t target = ring + stage * Ring::kBytes;
+      kKind == Rows::kUnits ? units.reach(k) : blocks.reach(k / kStep);
+      if (lap > 0) barrier_wait(&sync.empty[stage], (lap - 1) & 1);
+      const bool inside = k + piece * 8 < p.depth;
+#pragma unroll
+      for (int i = 0; i < kTokens / 16; ++i) {
+        copy_piece(target + swizzled + i * 16 * kRowBytes, inside ? x[i] + k * int64_t{2} : x[i], inside);
+      }
+      if constexpr (kKind == Rows::kUnits) {
+        const bool there = at.output + across * 8 < p.width;
+        const char* source = static_cast<const char*>(p.weight) + (there ? (at.output + across * 8) * 2 : 0);
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+          const int unit = unit0 + kRowsAtOnce * i;
+          const uint32_t to = across / 8 * (kStep * kRowBytes) + unit * kRowBytes + ((across % 8 ^ (unit & 7)) << 4);
+          copy_piece(target + kXBytes + to, source + units[k + unit] * p.weight_pitch, there && k + unit < p.depth);
+        }
+      } else {
+        const int64_t column = p.blocks ? blocks[k / kStep] * int64_t{kRowBytes} : k * int64_t{2};
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+          const bool second = kKind == Rows::kPair && row + 16 * i >= kOutputs;
+          const char* source = static_cast<const char*>(second ? p.pair : p.weight) + uint64_t{place[i]} * 16;
+          copy_piece(target + kXBytes + swizzled + i * 16 * kRowBytes, inside ? source + column : source, inside);
+        }
+      }
+      arrive_with_copies(&sync.full[stage]);
+      if (++stage == Ring::kCount) stage = 0, ++lap;
+    }
+  }
+}
+
+template <bool kHalf>
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+  if constexpr (kHalf) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+}
+
+__device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+
+template <int kWide, Rows kKind, bool kHalf>
+__device__ void store(const TileJob& p, const float (&d)[kWide / 2], const Place& at, int group) {
+  constexpr int kOutputs = outputs_of(kWide, kKind);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const bool pairs = p.width % 2 == 0;
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    const int token = at.token + group * 64 + warp * 16 + lane / 4 + lower * 8;
+    if (token >= p.tokens) break;
+    uint16_t* const y = static_cast<uint16_t*>(p.y) + int64_t{token} * p.width;
+#pragma unroll
+    for (int j = 0; j < kOutputs / 8; ++j) {
+      const int output = at.output + j * 8 + lane % 4 * 2;
+      float low = d[4 * j + 2 * lower], high = d[4 * j + 2 * lower + 1];
+      if constexpr (kKind == Rows::kPair) {
+        low = silu_times(low, d[4 * (j + kOutputs / 8) + 2 * lower]);
+        high = silu_times(high, d[4 * (j + kOutputs / 8) + 2 * lower + 1]);
+      }
+      const uint32_t both = packed<kHalf>(low, high);
+      if (pairs && output + 1 < p.width) {
+        *reinterpret_cast<uint32_t*>(y + output) = both;
+      } else {
+        if (output < p.width) y[output] = static_cast<uint16_t>(both);
+        if (output + 1 < p.width) y[output + 1] = static_cast<uint16_t>(both >> 16);
+      }
+    }
+  }
+}
+
+template <int kWide, Rows kKind, bool kHalf>
+__device__ void consume(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCount>& sync, int tiles) {
+  using Ring = Stage<kWide>;
+  constexpr bool kOverRows = kKind == Rows::kUnits;
+  const int group = threadIdx.x / kGroupThreads - 1;
+  const bool speaks = threadIdx.x % 32 == 0;  // one lane a warp
+  const int steps = (p.depth + kStep - 1) / kStep;
+  int stage = 0, lap = 0;
+  float d[kWide / 2];
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    int last = 0;
+    for (int step = 0; step < steps; ++step) {
+      const uint32_t x = ring + stage * Ring::kBytes + group * 64 * kRowBytes;
+      const uint32_t weight = ring + stage * Ring::kBytes + kXBytes;
+      barrier_wait(&sync.full[stage], lap & 1);
+      fence_for_wgmma();
+      wgmma_begin();
+#pragma unroll
+      for (int k = 0; k < kStep / 16; ++k) {
+        const uint64_t a = tile_descriptor(x + k * 32, 16, 8 * kRowBytes);
+        const uint64_t b = kOverRows ? tile_descriptor(weight + k * 16 * kRowBytes, kStep * kRowBytes, 8 * kRowBytes)
+                                     : tile_descriptor(weight + k * 32, 16, 8 * kRowBytes);
+        wgmma<kWide, kHalf, kOverRows>(d, a, b, step > 0 || k > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (step > 0 && speaks) barrier_arrive(&sync.empty[last]);
+      last = stage;
+      if (++stage == Ring::kCount) stage = 0, ++lap;
+    }
+    wgmma_wait<0>();
+    if (speaks) barrier_arrive(&sync.empty[last]);
+    store<kWide, kKind, kHalf>(p, d, Place(p, tile, outputs_of(kWide, kKind)), group);
+  }
+}
+#endif
+
+template <int kWide, Rows kKind, bool kHalf>
+__global__ void __launch_bounds__(kThreads, 1) tile_kernel(const __grid_constant__ TileJob p, int tiles) {
+#ifdef PPF_WGMMA
+  using Ring = Stage<kWide>;
+  extern __shared__ char shared[];
+  __shared__ Sync<Ring::kCount> sync;
+  const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;  // the swizzle counts from there
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Ring::kCount; ++i) {
+      barrier_init(&sync.full[i], kGroupThreads);
+      barrier_init(&sync.empty[i], 8);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  if (threadIdx.x < kGroupThreads) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
+    produce<kWide, kKind>(p, ring, sync, tiles);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+    consume<kWide, kKind, kHalf>(p, ring, sync, tiles);
+  }
+#endif
+}
+
+int tiles_of(const TileJob& job, int wide, Rows kind) {
+  const int outputs = outputs_of(wide, kind);
+  return (job.tokens + kTokens - 1) / kTokens * ((job.width + outputs - 1) / outputs);
+}
+
+// Waves of tiles times their cost; a tile pays for its share of x and its ends, too.
+double cost(const TileJob& job, int wide, Rows kind, int processors) {
+  const int waves = (tiles_of(job, wide, kind) + processors - 1) / processors;
+  return waves * (wide + 12.0);
+}
+
+template <int kWide, Rows kKind, bool kHalf>
+void launch(const TileJob& job, int device, void* stream) {
+  constexpr int kShared = Stage<kWide>::kBytes * Stage<kWide>::kCount + 1024;
+  const auto kernel = tile_kernel<kWide, kKind, kHalf>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "shared memory");
+  const int tiles = tiles_of(job, kWide, kKind);
+  kernel<<<std::min(tiles, multiprocessors(device)), kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job, tiles);
+  check(cudaGetLastError(), "launch");
+}
+
+template <int kWide, Rows kKind>
+void launch(const TileJob& job, int device, void* stream) {
+  job.half ? launch<kWide, kKind, true>(job, device, stream) : launch<kWide, kKind, false>(job, device, stream);
+}
+
+template <Rows kKind, int... kWides>
+void launch_widest(const TileJob& job, int device, void* stream, int wide) {
+  if (wide == 0) {
+    const int processors = multiprocessors(device);
+    double least = 1e300;
+    for (const int candidate : {kWides...}) {
+      const double found = cost(job, candidate, kKind, processors);
+      if (found < least) least = found, wide = candidate;
+    }
+  }
+  const bool known = ((wide == kWides ? (launch<kWides, kKind>(job, device, stream), true) : false) || ...);
+  if (!known) throw std::runtime_error("tiles: no tile of " + std::to_string(wide) + " rows");
+}
+
+}  // namespace
+
+void tile_product(const TileJob& job, int device, void* stream, int wide) {
+  const DeviceScope scope(device);
+  if (job.over_units) return launch_widest<Rows::kUnits, 128, 256>(job, device, stream, wide);
+  if (job.pair) return launch_widest<Rows::kPair, 128, 144, 160, 176, 192, 208, 224, 240, 256>(job, device, stream, wide);
+  launch_widest<Rows::kOutputs, 128, 160, 192, 224, 256>(job, device, stream, wide);
+}
+
+const char* tiles_problem(int device) {
+  int major = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return major == 9 ? nullptr : "its matrix units are not Hopper's";
+}
+
+}  // namespace ppf
