@@ -24,6 +24,7 @@ from .portable import portable_settings
 from .precision import compute_dtype
 from .progress import Progress, silent
 from .ranking import rank_layer
+from .ranking_gradient import GRADIENT_RANKINGS, Scores, gradient_scores
 from .rounds import Journal
 from .run import MANIFEST, ROUNDS, Run, layer_file, read_manifest
 from .settings import Settings
@@ -146,19 +147,22 @@ def _calibrate(run: Run, progress: Progress) -> None:
         (run.path / folder).mkdir(exist_ok=True)
     if (run.path / layer_file("library", layers - 1)).exists():
         return
-    computing = run.weights.to(compute_dtype(run.weights.dtype, run.device))
-    stream = calibrate(computing, run.sequences("calibration"))
+    computing, sequences = run.weights.to(compute_dtype(run.weights.dtype, run.device)), run.sequences("calibration")
+    name, scores = run.settings.ranking, [None] * layers
+    if name in GRADIENT_RANKINGS:
+        scores = gradient_scores(name, computing, sequences, run.settings.seed)
+    stream = calibrate(computing, sequences)
     progress("calibrate", 0, layers)
     for index in range(layers):
         # Passed on and forgotten: a name here would keep one layer's Grams while the next one's are computed.
-        _store_layer(run, index, next(stream))
+        _store_layer(run, index, next(stream), scores[index])
         progress("calibrate", index + 1, layers)
 
 
-def _store_layer(run: Run, index: int, statistics: LayerStatistics) -> None:
+def _store_layer(run: Run, index: int, statistics: LayerStatistics, scores: Scores | None) -> None:
     """Write one layer's statistics, ranking and library; the library comes last and marks the layer as done."""
     layer = run.weights.layers[index]
-    ranking = rank_layer(run.settings.ranking, layer, statistics, run.structure)
+    ranking = rank_layer(run.settings.ranking, layer, statistics, run.structure, scores)
     write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
     permuted = permute_layer(layer, ranking, run.structure)
     attention, ffn = refit_layer(permuted, statistics, ranking, run.grid)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration import LayerStatistics, Moments, Statistics
 from .errors import InputError
+from .ranking_gradient import GRADIENT_RANKINGS, Scores
 from .ranking_obs import removal_scores
 from .structure import Structure
 from .weights import LayerRanking, LayerWeights
@@ -49,6 +50,13 @@ def maw(s: Scored) -> Tensor:
     return sum(w.float().amax(1) + w.float().amin(1).abs() for w in s.inputs)
 
 
+def cfsp(s: Scored) -> Tensor:
+    """mean_i [(|W_ij|‖x_j‖ / Σ_i |W_ij|‖x_j‖ + Σ over the feeding matrices |F_ji| / Σ_i |F_ji|) · ‖x_j‖], fp32 [n]
+    (CFSP, arXiv 2409.13199, as in the authors' code). The quotients of a column add up to one, whatever the weights
+    are: what is left is a multiple of ‖x_j‖."""
+    return s.statistics.second_moment.sqrt() * (1 + len(s.inputs)) / len(s.output)
+
+
 def obs(s: Scored) -> Tensor:
     """The round in which channel j's unit leaves, fp32 [n]: see :mod:`ppf.ranking_obs`. Needs the whole Gram."""
     return removal_scores(s.output, s.statistics.gram, s.unit)
@@ -59,6 +67,7 @@ RANKINGS: dict[str, Callable[[Scored], Tensor]] = {
     "wanda-sp": wanda_sp,
     "flap-wifv": flap_wifv,
     "maw": maw,
+    "cfsp": cfsp,
     "obs": obs,
 }
 
@@ -66,12 +75,31 @@ RANKINGS: dict[str, Callable[[Scored], Tensor]] = {
 def ranking_named(name: str) -> Callable[[Scored], Tensor]:
     """The score function called ``name``; raises ``InputError`` with the names there are."""
     if name not in RANKINGS:
-        raise InputError("ranking", name, "is not a ranking", f"Use one of {', '.join(RANKINGS)}")
+        raise InputError(
+            "ranking", name, "is not a ranking", f"Use one of {', '.join((*RANKINGS, *GRADIENT_RANKINGS))}"
+        )
     return RANKINGS[name]
 
 
-def rank_layer(name: str, layer: LayerWeights, statistics: LayerStatistics, structure: Structure) -> LayerRanking:
-    """Units of one layer by falling importance, on the CPU; ties go to the lower index."""
+def check_ranking(name: str) -> None:
+    """Raise ``InputError``, with the names there are, unless ``name`` is a ranking."""
+    if name not in GRADIENT_RANKINGS:
+        ranking_named(name)
+
+
+def rank_layer(
+    name: str,
+    layer: LayerWeights,
+    statistics: LayerStatistics,
+    structure: Structure,
+    scores: Scores | None = None,
+) -> LayerRanking:
+    """Units of one layer by falling importance, on the CPU; ties go to the lower index.
+
+    ``scores`` are the layer's channel scores where ``name`` is a ranking by gradients.
+    """
+    if scores is not None:
+        return LayerRanking(_order(scores[0].view(structure.kv_groups, -1).sum(1)), _order(scores[1]))
     score = ranking_named(name)
     # One row of v feeds the same channel of all g query heads of its group, as a row of gate and up feeds a channel.
     d, g = structure.head_dim, structure.heads_per_group

@@ -9,7 +9,7 @@ from . import agent as agent_kinds
 from . import predictor as predictor_kinds
 from .errors import InputError
 from .grid import Grid
-from .ranking import ranking_named
+from .ranking import check_ranking
 from .structure import Structure
 
 
@@ -30,7 +30,7 @@ class Settings:
     portable: bool = False
 
     def __post_init__(self) -> None:
-        ranking_named(self.ranking)
+        check_ranking(self.ranking)
         predictor_kinds.predictor_named(self.predictor)
         agent_kinds.trainer_named(self.agent)
         smallest = {

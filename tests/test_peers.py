@@ -14,8 +14,8 @@ from ppf.peers.activations import observe
 from ppf.peers.alphapruning import tail_index
 from ppf.peers.dropping import kept_after, sublayer_costs
 from ppf.peers.flap import _above_threshold
-from ppf.peers.plain import masked_losses
 from ppf.peers.tracenas import _Agreement
+from ppf.plain import masked_losses
 from ppf.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -51,6 +51,13 @@ def naive_score(name: str, output, x, inputs) -> torch.Tensor:
         elif name == "flap-wifv":
             mean = sum(x[:, j]) / len(x)
             score = sum((v - mean) ** 2 for v in x[:, j]) / len(x) * sum(w * w for w in column)
+        elif name == "cfsp":
+            norm = (sum(v * v for v in x[:, j]) / len(x)) ** 0.5
+            parts = [
+                (column * norm).abs() / sum((column * norm).abs()),
+                *(m[j].abs() / sum(m[j].abs()) for m in inputs),
+            ]
+            score = sum(sum(parts) * norm) / len(column)
         else:
             score = sum(max(m[j]) + abs(min(m[j])) for m in inputs)
         scores.append(score)

@@ -23,7 +23,7 @@ def fit(
     eval_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Evaluate on this text, not on the last quarter of --text.")
     ] = None,
-    ranking: Annotated[str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw or obs.")] = "wanda-sp",
+    ranking: Annotated[str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")] = "wanda-sp",
     ffn_multiple: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 64,
     sequence_length: SequenceLength = 512,
     calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..budget import ratio_budget
 from ..calibration import LayerStatistics
 from ..peers import PEERS, PeerStatistics
-from ..peers.plain import masked_losses
+from ..plain import masked_losses
 from ..policy import Policy
 from ..precision import compute_dtype
 from ..ranking import rank_layer

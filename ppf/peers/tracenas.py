@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
+from ..plain import masked_losses
 from ..policy import Policy
 from ..structure import Structure
 from ..text import take_tokens
 from ..weights import DecoderWeights
 from .evolution import evolve
-from .plain import masked_losses
 from .statistics import PeerStatistics
 
 _PROXIES = 300

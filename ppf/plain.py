@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import rope
-from ..grid import Grid
-from ..structure import Structure
-from ..weights import DecoderWeights, LayerWeights
+from .forward import rope
+from .grid import Grid
+from .structure import Structure
+from .weights import DecoderWeights, LayerWeights
 
 
 def masked_losses(
