@@ -31,19 +31,19 @@ COMMANDS = typer.main.get_command(app).commands
 
 # Appended to what a page says: later options win.
 QUICK = {
-    "fit": "--device cpu --evaluations 24 --sequence-length 64 --calibration-tokens 4096 --evaluation-tokens 1024 "
-    "--ffn-multiple 128",
+    "fit": "--device cpu --evaluations 24 --sequence-length 64 --calibration-tokens 4096 --evaluation-tokens 1024",
     "eval": "--device cpu --sequence-length 64 --tokens 1024",
     "generate": "--device cpu --max-new-tokens 4",
     "recover": "--device cpu --tokens 1024 --sequence-length 64 --batch-tokens 512",
     "compare": "--device cpu --methods uniform,flap --ratios 0.3 --tokens 1024",
     "prune": "--device cpu",
+    "profile": "--device cpu --prefill 16 --decode 16",
     "bench": "--device cpu --prompt 8 --new-tokens 3 --prefill 16 --runners ppf",
 }
 # With --search N: fewer.
 QUICK_SEARCH = "--search 2"
-# Has a test of its own, which takes minutes.
-TESTED_ELSEWHERE = ("demo",)
+# Have tests of their own that run the whole command, which takes long.
+TESTED_ELSEWHERE = ("demo", "report")
 # Other people's programs; the pages may name them, this test does not run them.
 FOREIGN = ("git", "llama-cli", "llama-server", "lm_eval", "make", "pip", "pre-commit", "python", "vllm", "cd", "curl")
 MARKS = {"gpu", "7b", "install"}
