@@ -9,12 +9,17 @@ NATIVE := $(wildcard csrc/* cmake/*)
 # Threads that spin while they wait halve the speed of a machine that has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test test-export lint docs wheel clean
 demo: $(STAMP)
 	$(BIN)/ppf demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Exports in the programs they are for. Compiles llama.cpp, some minutes on two cores; versions already there are kept.
+test-export: $(STAMP)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_CCACHE=OFF" $(BIN)/python -m pip install --quiet --editable '.[export-test]'
+	$(BIN)/python -m pytest tests/test_export_llamacpp.py tests/test_export_lm_eval.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
