@@ -6,6 +6,10 @@ Every row is the median over replays of one CUDA graph whose calls rotate over e
 cache. Peers: ``dense`` (all channels), ``masked`` (dense, then activations times a mask), ``slice`` (kept weights
 copied in every call), ``shrunk`` (cuBLAS on weights shrunk beforehand). ``limit`` is the larger of kept bytes over the
 device-copy bandwidth and operations over the rate of an 8192-cubed product, both measured in the same run.
+
+Two columns for 1 to 16 tokens: ``whole_rows`` is the share of the limit that lists of input columns of a weight held as
+nn.Linear holds it can reach at all (their 32-byte sectors are whole rows); ``eager`` times calls launched one after the
+other, without a graph, as `generate` does.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from ppf.ops.grouped import grouped_masked_swiglu
 from ppf.ops.masked_attention import masked_attention_projections
 from ppf.ops.masked_linear import masked_linear
 from ppf.ops.masked_swiglu import masked_swiglu
+from ppf.ops.prepared import prepare_swiglu
 from ppf.ops.selection import Selection
 
 MODELS = {"llama-2-7b": (4096, 11008, 32, 1), "llama-3-8b": (4096, 14336, 8, 4)}
@@ -79,6 +84,22 @@ def race(calls: dict[str, Callable[[int], object]], copies: int, laps: int = 7) 
             stop.record()
             torch.cuda.synchronize()
             times[name].append(start.elapsed_time(stop) * 1e-3 / count)
+    return {name: statistics.median(laps) for name, laps in times.items()}
+
+
+def eager_seconds(calls: dict[str, Callable[[int], object]], copies: int, laps: int = 7) -> dict[str, float]:
+    """Median seconds of each call as Python launches it, 40 in a row, the contenders taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(laps):
+        for name, call in calls.items():
+            call(0)
+            start.record()
+            for i in range(40):
+                call(i % copies)
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop) * 1e-3 / 40)
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
@@ -160,9 +181,27 @@ def mlp_rows(model: str, keep: float, tokens: int, weights: Mlp, limits: Limits)
             calls[kind + ", down transposed"] = lambda i, s=s: masked_swiglu(
                 x, gate[i], up[i], weights.transposed[i], s, down_transposed=True
             )
+    prepared = [prepare_swiglu(*w, kinds["indices"]) for w in zip(gate, up, down, strict=True)]
+    calls["indices, prepared"] = lambda i: prepared[i](x)
     moved, operations = 6 * width * weights.hidden, 6.0 * tokens * width * weights.hidden
     limit = limits.seconds(moved + 4 * tokens * weights.hidden, operations)
-    return rows_of("masked_swiglu", model, keep, tokens, race(calls, weights.copies), limit, moved)
+    results = rows_of("masked_swiglu", model, keep, tokens, race(calls, weights.copies), limit, moved)
+    if tokens <= 16:
+        whole = limits.seconds(moved + 2 * weights.hidden * (weights.channels - width), operations)
+        add_small_columns(results, eager_seconds(calls, weights.copies), limit / whole)
+    return results
+
+
+def add_small_columns(results: list[dict], eager: dict[str, float], whole_rows: float) -> None:
+    """What is said of few tokens only: eager times beside the peers', and the reachable share where rows are whole."""
+    for result in results:
+        took = eager[result["selection"]]
+        result["eager_us"] = round(took * 1e6, 2)
+        for peer in ("shrunk", "masked"):
+            result[f"{peer}_eager_us"] = round(eager[peer] * 1e6, 2)
+            result[f"eager_times_faster_than_{peer}"] = round(eager[peer] / took, 3)
+        if result["selection"] == "indices":
+            result["whole_rows"] = round(whole_rows, 3)
 
 
 def linear_rows(model: str, keep: float, tokens: int, weights: Mlp, limits: Limits) -> list[dict]:

@@ -126,6 +126,27 @@ def library_section(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def small_section(model: str) -> str:
+    """1 and 16 tokens without a graph, and how much of the limit whole rows leave."""
+    rows = [row for row in load(f"masked_gemm_{model}_h200.json")["rows"] if "eager_us" in row]
+    titles = (
+        "selection",
+        "keep",
+        "tokens",
+        "µs in a graph",
+        "µs eager",
+        "shrunk",
+        "masked",
+        "reachable share of limit",
+    )
+    return table(titles, [
+        (row["selection"], f"{row['keep']:.0%}", f"{row['tokens']}", f"{row['us']:.1f}", f"{row['eager_us']:.1f}",
+         f"{row['eager_times_faster_than_shrunk']:.2f} ×", f"{row['eager_times_faster_than_masked']:.2f} ×",
+         f"{row.get('whole_rows', 1):.0%}")
+        for row in rows
+    ])  # fmt: skip
+
+
 def plot_swiglu(path: Path) -> None:
     """Speed of the masked MLP relative to shrunk cuBLAS over the number of tokens, keep 50 %."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -152,6 +173,7 @@ def main() -> None:
     sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]
     for model, title in MODELS.items():
         sections += [f"## Masked products at {title} shapes", gemm_section(model)]
+        sections += [f"### {title}: `masked_swiglu` launched from Python, call by call", small_section(model)]
     for title, section, prefix in (
         ("True evaluations", evaluation_section, "evaluation"),
         ("Libraries", library_section, "library"),

@@ -123,6 +123,21 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(x, weight), masked_linear(x, weight, selection).relu())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_compiles_with_inductor(tokens, transposed):
+    """One graph, no breaks, and the same bits as eager: the kernels see the arguments that eager gives them."""
+    x, weight = operands(tokens, 192, 256, torch.bfloat16, "cuda")
+    out = Selection.full(256) if transposed else Selection.indices(torch.randperm(256)[:96], 256)
+    into = Selection.indices(torch.randperm(192)[:80], 192)
+    x, stored = into.take(x, 1), weight.t().contiguous() if transposed else weight
+    for selection in (out, into):
+        selection.rows(x.device), selection.mask(x.device)
+    compiled = torch.compile(lambda a, w: masked_linear(a, w, out, into, transposed=transposed) * 2, fullgraph=True)
+    assert torch.equal(compiled(x, stored), masked_linear(x, stored, out, into, transposed=transposed) * 2)
+
+
 @pytest.mark.parametrize(
     ("make", "field"),
     [

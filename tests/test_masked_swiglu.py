@@ -196,6 +196,17 @@ def test_kernels_under_the_interpreter():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("kind", [0, 4, 6], ids=["prefix", "shuffled", "blocks"])
+def test_compiles_with_inductor(kind, tokens):
+    x, gate, up, down = operands(tokens, torch.bfloat16, "cuda")
+    selection = selections(CHANNELS)[kind]
+    selection.rows(x.device), selection.mask(x.device)
+    compiled = torch.compile(lambda *a: masked_swiglu(*a, selection) + 1, fullgraph=True)
+    assert torch.equal(compiled(x, gate, up, down), masked_swiglu(x, gate, up, down, selection) + 1)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("keep", [0.5, 0.75])
 @pytest.mark.parametrize("tokens", [1, 16, 512, 4096])
 def test_llama_shapes_in_a_graph(tokens, keep):

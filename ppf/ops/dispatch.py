@@ -10,12 +10,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import many_tokens
 from .selection import BLOCKS, INDICES, PREFIX, UNIQUE
 
 # Above this many tokens, copying the kept weights and calling cuBLAS beats the tile kernels.
 COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
 # The same where the contraction runs over listed rows of a transposed weight.
 COMPACT_TOKENS_TRANSPOSED = 256
+# Up to here the native tile kernel for lists of rows beats copying first, on Hopper.
+NATIVE_TOKENS = 4096
 FEW_TILES = 100
 SMALL_TOKENS = 16
 
@@ -68,6 +71,9 @@ def linear_path(
         return "rows"
     if tokens <= SMALL_TOKENS and out_kind == PREFIX:
         return "columns"
+    native = _native_linear(x, weight, out_kind, in_kind, transposed)
+    if native:
+        return native
     if out_kind == PREFIX and in_kind == PREFIX or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
         return "library"
     if in_kind == BLOCKS and out_kind == PREFIX and copy_engine(x, weight):
@@ -81,6 +87,15 @@ def linear_path(
     return "library" if in_kind in (INDICES, UNIQUE) else "tiles"
 
 
+def _native_linear(x: Tensor, weight: Tensor, out_kind: int, in_kind: int, transposed: bool) -> str | None:
+    """Where Hopper's tile kernel is the fastest way: "native" or "native units", else None."""
+    if x.shape[0] > NATIVE_TOKENS or out_kind == in_kind == PREFIX or not many_tokens.apply(x, x.shape[1], weight):
+        return None
+    if transposed:
+        return "native units" if out_kind == PREFIX and weight.shape[1] % 8 == 0 else None
+    return "native" if in_kind in (PREFIX, BLOCKS) else None
+
+
 def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> str:
     """Name of the implementation of gate, up and silu·mul: rows, tiles, blocks or library."""
     tokens = x.shape[0]
@@ -88,6 +103,10 @@ def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> s
         return "reference"
     if tokens <= SMALL_TOKENS:
         return "rows"
-    if kind == PREFIX or tokens > COMPACT_TOKENS[kind]:
+    if kind == PREFIX:
+        return "library"
+    if tokens <= NATIVE_TOKENS and many_tokens.apply(x, x.shape[1], gate, up):
+        return "native"
+    if tokens > COMPACT_TOKENS[kind]:
         return "library"
     return "blocks" if kind == BLOCKS and copy_engine(x, gate, up) else "tiles"
