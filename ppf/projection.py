@@ -14,6 +14,8 @@ two step costs (measured latencies) are refined by exchanges instead, never beyo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,13 +46,21 @@ def check_ratio(ratio: float, grid: Grid) -> None:
         raise InputError("ratio", ratio, "is more than the structure can give", remedy)
 
 
-class _Order(NamedTuple):
-    """All N = S·(K − 1) steps in the order in which they are taken, and which of them are, [B, N] each."""
+class _Steps(NamedTuple):
+    """N steps of a level that a cut chooses from, the same number W for every sub-layer: N = S·W, [B, N] each."""
 
-    index: Tensor  # where each step stands in [S, K − 1]
+    low: Tensor  # int64 [B, S]: levels if no step is taken
+    key: Tensor  # fp32: what they are taken by, highest first; never rises with the level of one sub-layer
     cost: Tensor  # fp64
     gain: Tensor  # fp32: utility
-    taken: Tensor  # bool
+    free: Tensor  # bool: may be taken or not
+    forced: Tensor  # bool: is always taken
+    cheap: Tensor  # bool: free, of the cheapest sub-layers
+
+    def sorted(self) -> tuple[Tensor, _Steps]:
+        """Where each step stood, and the steps in the order of their keys."""
+        index = self.key.argsort(dim=1, descending=True, stable=True)
+        return index, _Steps(self.low, *(part.expand_as(index).gather(1, index) for part in self[1:]))
 
 
 class Projector(nn.Module):
@@ -101,18 +111,37 @@ class Projector(nn.Module):
     def meet(self, utility: Tensor, target: Tensor) -> Tensor:
         """Levels int64 [B, S] of the policies whose cost, constant left out, is ``target`` fp64 [B]."""
         utility = utility.masked_fill(~self.allowed, -torch.inf)
-        return self._cut(utility, self._keys(utility, target), target)
+        cost = torch.where(self.free | self.forced, self.steps, 0.0)
+        steps = _Steps(
+            low=torch.zeros(utility.shape[:2], dtype=torch.int64, device=utility.device),
+            key=self._keys(utility, target),
+            cost=cost[None],
+            gain=utility.diff(dim=2).flatten(1).nan_to_num(0, 0, 0),
+            free=self.free[None],
+            forced=self.forced[None],
+            cheap=self.cheap[None],
+        )
+        levels = self._cut(steps, target)
+        return levels if self.is_regular else self._refined(levels, utility, target)
 
     def nearest(self, fractions: Tensor, ratio: Tensor, weight: Tensor | None = None) -> Tensor:
         """Levels int64 [B, S] that remove ``ratio`` [B] and lie nearest to keeping ``fractions`` [B, S].
 
-        The same as :meth:`forward` of :func:`nearest`, times ``weight`` [B, S] if given, but faster: such utilities are
-        concave, so that steps stand in order by themselves.
+        The same as :meth:`forward` of :func:`nearest`, times ``weight`` [B, S] if given, but faster. Such utilities are
+        parabolas: a step from level k of m has the slope weight · (2·fraction − (2k + 1)/m), the levels at a multiplier
+        follow at once, and only the few steps around them are sorted. Costs must be parameters.
         """
-        utility = nearest(fractions, self.grid)
-        utility = utility if weight is None else utility * weight[..., None]
-        utility = utility.masked_fill(~self.allowed, -torch.inf)
-        return self._cut(utility, self._slopes(utility), (1 - ratio.double()) * self.total)
+        weight = torch.ones_like(fractions) if weight is None else weight
+        target = (1 - ratio.double()) * self.total
+        window = min(math.ceil(self.dearest / self.cheapest) + 1, self.grid.levels - 1)
+        reached = self._parabolic(fractions, weight, self._parabolic_multiplier(fractions, weight, target)[:, None])
+        low = (reached - window).clamp_min(0).maximum(self.minimum)
+        level = (low[..., None] + torch.arange(2 * window, device=low.device)).float()
+        key = weight[..., None] * (2 * fractions[..., None] - (2 * level + 1) / self.maximum[:, None])
+        free = level < self.maximum[:, None]
+        cost, cheap = self.step_cost[:, None].expand_as(level), free & (self.step_cost == self.cheapest)[:, None]
+        parts = key.masked_fill(~free, -torch.inf), cost * free, key * cost.float(), free, torch.zeros_like(free), cheap
+        return self._cut(_Steps(low, *(part.flatten(1) for part in parts)), target - self.cost(low))
 
     def cost(self, levels: Tensor) -> Tensor:
         """Cost, constant left out, fp64 [B], of int64 levels [B, S]."""
@@ -143,53 +172,54 @@ class Projector(nn.Module):
 
     def _multiplier(self, utility: Tensor, slopes: Tensor, target: Tensor) -> Tensor:
         """The smallest multiplier μ [B], to the resolution, whose best levels by utility − μ·cost fit ``target``."""
-        room = _ELEMENTS[utility.device.type] // utility.numel()
-        sections, rounds = next(((s, r) for s, r in _SECTIONS if s <= room), _SECTIONS[-1])
+
+        def cost(multiplier: Tensor) -> Tensor:
+            scores = torch.addcmul(utility[:, None], multiplier[:, :, None, None], self.relative_cost, value=-1)
+            levels = scores.argmax(-1)
+            return self.table.expand(*levels.shape[:2], -1, -1).gather(3, levels[..., None]).sum((2, 3))
+
         low = slopes.masked_fill(~self.free, torch.inf).amin(1) - 1e-3
         high = slopes.masked_fill(~self.free, -torch.inf).amax(1) + 1e-3
-        place = torch.arange(1, sections + 1, device=utility.device) / (sections + 1)
-        for _ in range(rounds):
-            width = (high - low) / (sections + 1)
-            middle = low[:, None] + (high - low)[:, None] * place
-            scores = torch.addcmul(utility[:, None], middle[:, :, None, None], self.relative_cost, value=-1)
-            levels = scores.argmax(-1)
-            cost = self.table.expand(*levels.shape[:2], -1, -1).gather(3, levels[..., None]).sum((2, 3))
-            over = (cost > target[:, None]).sum(1)  # costs fall along the sections
-            low, high = low + over * width, low + (over + 1) * width
-        return high
+        return _sections(low, high, cost, target, utility.numel())
 
-    def _cut(self, utility: Tensor, keys: Tensor, target: Tensor) -> Tensor:
-        """Take the steps in the order of ``keys`` [B, N] as far as ``target`` [B] goes, and settle what is left."""
-        index = keys.argsort(dim=1, descending=True, stable=True)
-        cost = torch.where(self.free | self.forced, self.steps, 0.0)[index]
-        gain = utility.diff(dim=2).flatten(1).gather(1, index)
-        filled = cost.cumsum(1)
+    def _parabolic(self, fractions: Tensor, weight: Tensor, multiplier: Tensor) -> Tensor:
+        """Levels of the parabolas of :meth:`nearest` at multipliers that broadcast against fractions, int64."""
+        level = (self.maximum * (fractions - multiplier / (2 * weight)) + 0.5).floor().long()
+        return level.maximum(self.minimum).minimum(self.maximum)
+
+    def _parabolic_multiplier(self, fractions: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        def cost(multiplier: Tensor) -> Tensor:
+            levels = self._parabolic(fractions[:, None], weight[:, None], multiplier[..., None])
+            return (levels * self.step_cost).sum(-1)
+
+        edge = 2 * (weight * (1 + fractions.abs())).amax(1) + 1e-3
+        return _sections(-edge, edge, cost, target, fractions.numel())
+
+    def _cut(self, steps: _Steps, target: Tensor) -> Tensor:
+        """Take the steps by their keys as far as ``target`` fp64 [B] goes beyond ``low``, and settle what is left."""
+        index, order = steps.sorted()
         # A target is rarely a round number: what misses it by less than any unit fits.
-        fits = filled <= target[:, None] + 1e-6 * self.cheapest
-        order = _Order(index, cost, gain, self.free[index] & fits | self.forced[index])
-        gap = target - (cost * order.taken).sum(1)
+        fits = order.cost.cumsum(1) <= target[:, None] + 1e-6 * self.cheapest
+        taken = order.free & fits | order.forced
         if self.is_regular:
-            return self._levels(index, self._settled(order, gap))
-        return self._refined(self._levels(index, order.taken), utility, target)
+            taken = self._settled(order, taken, target - (order.cost * taken).sum(1))
+        chosen = torch.zeros_like(taken).scatter(1, index, taken)
+        return steps.low + chosen.view(*steps.low.shape, -1).sum(2)
 
-    def _levels(self, index: Tensor, taken: Tensor) -> Tensor:
-        found = torch.zeros_like(taken).scatter(1, index, taken)
-        return found.view(len(found), -1, self.grid.levels - 1).sum(2)
-
-    def _settled(self, order: _Order, gap: Tensor) -> Tensor:
+    def _settled(self, order: _Steps, taken: Tensor, gap: Tensor) -> Tensor:
         """Taken steps bool [B, N] after the gap [B] is filled with later cheap steps, or else with one dear step that
         earlier cheap ones make room for."""
-        cheap, dear = self.cheap[order.index], (self.free & ~self.cheap)[order.index]
-        later, earlier = cheap & ~order.taken, cheap & order.taken
+        later, earlier = order.cheap & ~taken, order.cheap & taken
         added = later & (later.cumsum(1) <= self._count(gap)[:, None])
-        first_dear = dear & ~order.taken
-        first_dear = first_dear & (first_dear.cumsum(1) == 1)
+        dear = order.free & ~order.cheap & ~taken
+        first_dear = dear & (dear.cumsum(1) == 1)
         behind = earlier.flip(1).cumsum(1).flip(1)
         removed = earlier & (behind <= self._count(self.dearest - gap)[:, None])
-        fill, swap = order.taken | added, (order.taken & ~removed) | first_dear
-        left_fill, left_swap = ((gap - change).abs() for change in self._changes(order, fill, swap))
-        gain = order.gain.nan_to_num(0, 0, 0)
-        better = ((swap.float() - fill.float()) * gain).sum(1) > 0
+        fill, swap = taken | added, (taken & ~removed) | first_dear
+        left_fill, left_swap = (
+            (gap - ((other.double() - taken.double()) * order.cost).sum(1)).abs() for other in (fill, swap)
+        )
+        better = ((swap.float() - fill.float()) * order.gain).sum(1) > 0
         nearer = left_swap - left_fill
         tie = nearer.abs() <= 1e-6 * self.cheapest
         chosen = first_dear.any(1) & ((nearer < 0) & ~tie | tie & better)
@@ -197,11 +227,6 @@ class Projector(nn.Module):
 
     def _count(self, gap: Tensor) -> Tensor:
         return (gap / self.cheapest).round()
-
-    @staticmethod
-    def _changes(order: _Order, *others: Tensor) -> list[Tensor]:
-        """By how much each choice costs more than what is taken, fp64 [B]."""
-        return [((other.double() - order.taken.double()) * order.cost).sum(1) for other in others]
 
     def _refined(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
         """Moves of one or two sub-layers by up to two levels each, while one brings the cost closer to the target from
@@ -243,6 +268,22 @@ class Projector(nn.Module):
         size = torch.tensor(_MOVES, device=levels.device)[move % len(_MOVES)]
         owner = (move // len(_MOVES))[:, None] == torch.arange(levels.shape[1], device=levels.device)
         return owner * size[:, None]
+
+
+def _sections(low: Tensor, high: Tensor, cost: Callable[[Tensor], Tensor], target: Tensor, elements: int) -> Tensor:
+    """The smallest multiplier between ``low`` and ``high`` [B], to the resolution, at which ``cost`` fits ``target``.
+
+    ``cost`` takes multipliers [B, M] to costs fp64 [B, M], which fall as they rise; ``elements`` is what one multiplier
+    a row works on.
+    """
+    room = _ELEMENTS[low.device.type] // elements
+    sections, rounds = next(((s, r) for s, r in _SECTIONS if s <= room), _SECTIONS[-1])
+    place = torch.arange(1, sections + 1, device=low.device) / (sections + 1)
+    for _ in range(rounds):
+        width = (high - low) / (sections + 1)
+        over = (cost(low[:, None] + (high - low)[:, None] * place) > target[:, None]).sum(1)
+        low, high = low + over * width, low + (over + 1) * width
+    return high
 
 
 @lru_cache(maxsize=64)

@@ -82,7 +82,7 @@ def test_methods_differ(run, statistics):
 def test_seeds_matter_to_what_is_random(run, statistics):
     budget = ratio_budget(run.grid, 0.4)
     for name in ("random", "evolution"):
-        found = {PEERS[name].allocate(run.structure, statistics(9, seed), budget) for seed in range(3)}
+        found = {PEERS[name].allocate(run.structure, statistics(60, seed), budget) for seed in range(3)}
         assert len(found) == 3
 
 
