@@ -21,6 +21,7 @@ import typer
 from cli_cases import ppf
 from factories import quick_learning
 
+from ppf import report as report_card
 from ppf.cli import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,12 +39,13 @@ QUICK = {
     "compare": "--device cpu --methods uniform,flap --ratios 0.3 --tokens 1024",
     "prune": "--device cpu",
     "profile": "--device cpu --prefill 16 --decode 16",
+    "report": "--device cpu --held-out 20",
     "bench": "--device cpu --prompt 8 --new-tokens 3 --prefill 16 --runners ppf",
 }
 # With --search N: fewer.
 QUICK_SEARCH = "--search 2"
-# Have tests of their own that run the whole command, which takes long.
-TESTED_ELSEWHERE = ("demo", "report")
+# Has a test of its own, which takes minutes.
+TESTED_ELSEWHERE = ("demo",)
 # Other people's programs; the pages may name them, this test does not run them.
 FOREIGN = ("git", "llama-cli", "llama-server", "lm_eval", "make", "pip", "pre-commit", "python", "vllm", "cd", "curl")
 MARKS = {"gpu", "7b", "install"}
@@ -141,6 +143,7 @@ def check_foreign(block: Block, program: str, arguments: list[str]) -> None:
 def quick():
     with pytest.MonkeyPatch.context() as patch:
         quick_learning(patch)
+        patch.setattr(report_card, "RATIOS", (0.3,))
         yield patch
 
 
