@@ -24,16 +24,13 @@ from torch import Tensor, nn
 
 from .costs import Costs, parameters
 from .errors import InputError
+from .exchange import refined
 from .grid import Grid
 
 # The multiplier is found to one part in 2¹⁶ of its range: in few wide rounds for one policy, where calls take the time,
 # in many narrow ones for batches, where arithmetic does. (Sections a round, rounds), and the elements a round may have.
 _SECTIONS = ((63, 3), (15, 4), (3, 8), (1, 16))
 _ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
-# Refinement of irregular tables: rounds, levels a sub-layer moves by, and the share of the target that is close enough.
-_EXCHANGES = 64
-_MOVES = (-2, -1, 0, 1, 2)
-_CLOSE = 0.01
 
 
 def check_ratio(ratio: float, grid: Grid) -> None:
@@ -122,7 +119,7 @@ class Projector(nn.Module):
             cheap=self.cheap[None],
         )
         levels = self._cut(steps, target)
-        return levels if self.is_regular else self._refined(levels, utility, target)
+        return levels if self.is_regular else refined(levels, utility, self.table, (self.minimum, self.maximum), target)
 
     def nearest(self, fractions: Tensor, ratio: Tensor, weight: Tensor | None = None) -> Tensor:
         """Levels int64 [B, S] that remove ``ratio`` [B] and lie nearest to keeping ``fractions`` [B, S].
@@ -227,47 +224,6 @@ class Projector(nn.Module):
 
     def _count(self, gap: Tensor) -> Tensor:
         return (gap / self.cheapest).round()
-
-    def _refined(self, levels: Tensor, utility: Tensor, target: Tensor) -> Tensor:
-        """Moves of one or two sub-layers by up to two levels each, while one brings the cost closer to the target from
-        below; among those that come about equally close, the one of the best utility."""
-        for _ in range(_EXCHANGES):
-            moved, gap, left = self._best_exchange(levels, utility, target)
-            closer = (left < gap * (1 - 1e-9)) & (gap > _CLOSE * target)
-            if not closer.any():
-                break
-            levels = torch.where(closer[:, None], moved, levels)
-        return levels
-
-    def _best_exchange(self, levels: Tensor, utility: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels after the best pair of moves, with the distances to the target, fp64 [B], before and after it."""
-        gap = target - self.cost(levels)
-        cost, gain = self._moves(levels, utility)
-        left = gap[:, None, None] - cost[:, :, None] - cost[:, None, :]
-        # Never beyond the target, and never two moves of one sub-layer.
-        owner = torch.arange(cost.shape[1], device=cost.device) // len(_MOVES)
-        left = left.masked_fill((left < -1e-9 * target[:, None, None]) | (owner[:, None] == owner), torch.inf)
-        close = torch.maximum(1.5 * left.amin((1, 2)), _CLOSE * target)
-        worth = (gain[:, :, None] + gain[:, None, :]).masked_fill(left > close[:, None, None], -torch.inf)
-        best = worth.flatten(1).argmax(1)
-        change = sum(self._change(move, levels) for move in (best // cost.shape[1], best % cost.shape[1]))
-        return levels + change, gap.abs(), left.flatten(1).gather(1, best[:, None])[:, 0].abs()
-
-    def _moves(self, levels: Tensor, utility: Tensor) -> tuple[Tensor, Tensor]:
-        """Cost fp64 and utility fp32 of every move of every sub-layer, [B, S·moves]; infinite where impossible."""
-        moved = levels[..., None] + torch.tensor(_MOVES, device=levels.device)
-        possible = (moved >= self.minimum[:, None]) & (moved <= self.maximum[:, None])
-        moved = moved.clamp(self.minimum[:, None], self.maximum[:, None])
-        table, now = self.table.expand(len(levels), -1, -1), levels[..., None]
-        cost = (table.gather(2, moved) - table.gather(2, now)).masked_fill(~possible, torch.inf)
-        return cost.flatten(1), (utility.gather(2, moved) - utility.gather(2, now)).flatten(1)
-
-    @staticmethod
-    def _change(move: Tensor, levels: Tensor) -> Tensor:
-        """By how much each of ``moves`` [B] changes every level, int64 [B, S]."""
-        size = torch.tensor(_MOVES, device=levels.device)[move % len(_MOVES)]
-        owner = (move // len(_MOVES))[:, None] == torch.arange(levels.shape[1], device=levels.device)
-        return owner * size[:, None]
 
 
 def _sections(low: Tensor, high: Tensor, cost: Callable[[Tensor], Tensor], target: Tensor, elements: int) -> Tensor:
