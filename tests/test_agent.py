@@ -1,5 +1,6 @@
 """The agent: exact budgets in milliseconds, better than uniform, near the best of thousands of random policies."""
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import torch
 from factories import synthetic_log_perplexity
 from safetensors.torch import load_file, save_file
 
-from ppf.agent import Agent, train_agent
+from ppf.agent import Agent, train_agent, training
 from ppf.agent.relaxation import relax
+from ppf.errors import InputError
 from ppf.grid import Grid
 from ppf.predictor import Predictor
 from ppf.predictor.mlp import MLP
@@ -62,6 +64,45 @@ def test_better_than_uniform_and_near_the_best_of_5000(trained, ratio):
     # And in truth, not only in the predictor's opinion.
     truth = synthetic_log_perplexity(GRID, torch.cat((ours, uniform)))
     assert truth[0] < truth[1] - 0.01
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "actor-critic"])
+def test_either_way_of_training_beats_the_uniform_policy(trained, kind):
+    agent, ratio = Agent(GRID, hidden=64), torch.tensor(UNSEEN)
+    uniform = predicted(trained.predictor, agent(ratio))
+    train_agent(agent, trained.predictor, seed=0, steps=120, batch=16, kind=kind, experts=0)
+    assert predicted(trained.predictor, agent(ratio)).mean() < uniform.mean() - 0.01
+
+
+def test_expert_rounds_help_and_are_undone_where_they_would_not(trained, monkeypatch):
+    ratio = torch.linspace(0.06, 0.69, 40)
+    agent = Agent(GRID, hidden=64)
+    train_agent(agent, trained.predictor, seed=0, steps=40, batch=16, experts=0)
+    before = predicted(trained.predictor, agent(ratio)).mean()
+    expert = copy.deepcopy(agent)
+    training._expert_round(expert, trained.predictor, 3, 120, 32, 0.0)
+    assert predicted(trained.predictor, expert(ratio)).mean() < before - 0.001
+    monkeypatch.setattr(training, "imitate_breeding", lambda agent, *_: torch.nn.init.normal_(agent.network[4].weight))
+    monkeypatch.setattr(training, "train_pathwise", lambda *_, **__: None)
+    training._expert_round(agent, trained.predictor, 3, 120, 32, 0.0)
+    assert predicted(trained.predictor, agent(ratio)).mean() == before
+
+
+def test_unknown_ways_of_training_are_refused(trained):
+    with pytest.raises(InputError, match="pathwise, actor-critic"):
+        train_agent(Agent(GRID, hidden=8), trained.predictor, seed=0, kind="dream")
+
+
+def test_the_agent_sees_error_energies(tmp_path):
+    energies = torch.rand(GRID.sublayers, GRID.levels)
+    plain, informed = Agent(GRID, hidden=16), Agent(GRID, hidden=16, energies=energies)
+    for agent in (plain, informed):
+        torch.nn.init.normal_(agent.shared[4].weight, generator=torch.Generator().manual_seed(0))
+    ratio = torch.tensor([0.3])
+    assert not torch.equal(plain.utilities(ratio), informed.utilities(ratio))
+    save_file(informed.state_dict(), tmp_path / "agent.safetensors")
+    plain.load_state_dict(load_file(tmp_path / "agent.safetensors"))
+    assert torch.equal(plain.utilities(ratio), informed.utilities(ratio))
 
 
 def test_training_is_what_makes_it_good(trained):

@@ -7,12 +7,10 @@ moves do in expert iteration (arXiv 1705.08439).
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Generator, Tensor
 
-from ..breeding import Effort, Judge, breed, cautious
+from ..breeding import Effort, breed, cautious
 from ..predictor import Predictor
 from .actor import Agent
 from .episodes import stratified_ratios
@@ -23,18 +21,14 @@ _FEWEST = 20  # steps that the schedule of the learning rate needs
 _START = 4  # answers that breeding starts from at every budget
 
 
-def improve_by_breeding(
+def imitate_breeding(
     agent: Agent, predictor: Predictor, seed: int, budgets: int, steps: int, effort: Effort, caution: float = 0.0
 ) -> None:
-    """Train ``agent`` in place on the best policies bred at ``budgets`` ratios; keeps the old one if it was better."""
+    """Train ``agent`` in place, for ``steps`` steps, on the best policies bred at ``budgets`` ratios."""
     generator, judge = torch.Generator().manual_seed(seed), cautious(predictor, caution)
     ratio = stratified_ratios(budgets, generator).to(agent.device)
     best = breed(_answers(agent, ratio, generator), ratio, judge, agent.grid, generator, effort)[:, 0]
-    before = copy.deepcopy(agent.state_dict())
     _imitate(agent, ratio, best, max(steps, _FEWEST))
-    fresh = stratified_ratios(budgets, generator).to(agent.device)
-    if _score(agent, judge, fresh) > _score_of(before, agent, judge, fresh):
-        agent.load_state_dict(before)
 
 
 def _answers(agent: Agent, ratio: Tensor, generator: Generator) -> Tensor:
@@ -56,13 +50,3 @@ def _imitate(agent: Agent, ratio: Tensor, best: Tensor, steps: int) -> None:
         loss.backward()
         optimiser.step()
         schedule.step()
-
-
-def _score(agent: Agent, judge: Judge, ratio: Tensor) -> float:
-    return float(judge(agent(ratio)).mean())
-
-
-def _score_of(state: dict[str, Tensor], agent: Agent, judge: Judge, ratio: Tensor) -> float:
-    other = copy.deepcopy(agent)
-    other.load_state_dict(state)
-    return _score(other, judge, ratio)

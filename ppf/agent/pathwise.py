@@ -12,23 +12,31 @@ from .actor import Agent
 from .episodes import stratified_ratios
 
 _RATE = 5e-3
+_COLD = 0.1  # the temperature at the end
 
 
 def train_pathwise(
-    agent: Agent, predictor: Predictor, seed: int, steps: int = 400, batch: int = 64, caution: float = 0.0
+    agent: Agent,
+    predictor: Predictor,
+    seed: int,
+    steps: int = 400,
+    batch: int = 64,
+    caution: float = 0.0,
+    warm: float = 1.0,
+    rate: float = _RATE,
 ) -> None:
-    """Train ``agent`` in place against ``predictor`` over all ratios.
+    """Train ``agent`` in place against ``predictor`` over all ratios; the temperature falls from ``warm`` to 0.1.
 
     The loss is the predicted log-perplexity plus ``caution`` times the members' standard deviation, which keeps the
     agent away from policies the predictor knows nothing about.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(agent.parameters(), lr=_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.Adam(agent.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     near = None  # strata keep their place in the batch, so a row's multiplier is about the last step's
     for step in range(steps):
         ratio = stratified_ratios(batch, generator).to(agent.device)
-        probabilities, near = agent.relaxed_near(ratio, 0.1 ** (step / steps), near)
+        probabilities, near = agent.relaxed_near(ratio, warm * (_COLD / warm) ** (step / steps), near)
         outputs = predictor.relaxed(probabilities)
         loss = outputs.mean(0).mean()
         if caution:
