@@ -195,6 +195,7 @@ def _learn(run: Run, progress: Progress) -> None:
 
 
 def _finish(run: Run, seconds: float) -> None:
+    run.experience.close()  # folds the write-ahead log into the file: a finished run can be copied
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
     write_json(run.path / MANIFEST, run.manifest | {"state": "complete", "device": device, "seconds": seconds})
 
