@@ -104,7 +104,7 @@ def measure_profile(grid: Grid, build: Build, workload: Workload, progress: Prog
     group = (base - least) / max(1, layers - 1)
     attention = {0: 0.0} | {n: group + (timed([n] * layers, 0) - base) / layers for n in points[0]}
     ffn = {0: 0.0} | {n: (timed(one, n) - base) / layers for n in points[1]}
-    return Profile(workload, least - group, _filled(attention, high[0]), _filled(ffn, high[1]))
+    return Profile(workload, max(least - group, 0.0), _filled(attention, high[0]), _filled(ffn, high[1]))
 
 
 def milliseconds(model: PreTrainedModel, workload: Workload) -> float:
@@ -185,7 +185,8 @@ def _plain_work(model: PreTrainedModel, workload: Workload, ids: Tensor) -> Call
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
     # The cache grows by a token a step, a few dozen in all: cropping it is not possible for all layers and versions.
-    return torch.no_grad()(lambda: model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True))
+    # By position: the name of the argument depends on the version too.
+    return torch.no_grad()(lambda: model(ids[:, :1], None, None, cache, use_cache=True))
 
 
 def _cuda_timer(work: Callable[[], Any]) -> float:

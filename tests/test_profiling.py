@@ -55,7 +55,7 @@ def test_real_models_are_timed(builder, phase):
     workload = Workload(phase, 2, 16)
     assert 0 < milliseconds(build(grid.dense()), workload) < 1000
     profile = measure_profile(grid, build, workload)
-    assert len(profile.attention) == 4 and len(profile.ffn) == 9 and profile.constant > 0
+    assert len(profile.attention) == 4 and len(profile.ffn) == 9 and profile.constant >= 0
 
 
 @pytest.mark.parametrize("limit", [1, 2, 23, 24, 25, 40, 172])
