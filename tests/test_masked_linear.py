@@ -124,18 +124,27 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 16, 300])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_compiles_with_inductor(tokens, transposed):
+def test_compiles_with_inductor():
     """One graph, no breaks, and the same bits as eager: the kernels see the arguments that eager gives them."""
-    x, weight = operands(tokens, 192, 256, torch.bfloat16, "cuda")
-    out = Selection.full(256) if transposed else Selection.indices(torch.randperm(256)[:96], 256)
+    x, weight = operands(3, 192, 256, torch.bfloat16, "cuda")
+    many, stored = torch.randn(300, 192, dtype=torch.bfloat16, device="cuda"), weight.t().contiguous()
+    out = Selection.indices(torch.randperm(256)[:96], 256)
     into = Selection.indices(torch.randperm(192)[:80], 192)
-    x, stored = into.take(x, 1), weight.t().contiguous() if transposed else weight
     for selection in (out, into):
         selection.rows(x.device), selection.mask(x.device)
-    compiled = torch.compile(lambda a, w: masked_linear(a, w, out, into, transposed=transposed) * 2, fullgraph=True)
-    assert torch.equal(compiled(x, stored), masked_linear(x, stored, out, into, transposed=transposed) * 2)
+
+    def products(few, many):
+        few_in, many_in = few[:, :80], many[:, :80]
+        return (
+            masked_linear(few, weight, out) * 2,
+            masked_linear(few_in, weight, None, into) * 2,
+            masked_linear(few_in, stored, None, into, transposed=True) * 2,
+            masked_linear(many, weight, out) * 2,
+            masked_linear(many_in, stored, None, into, transposed=True) * 2,
+        )
+
+    for got, wanted in zip(torch.compile(products, fullgraph=True)(x, many), products(x, many), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(
