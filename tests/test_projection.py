@@ -165,3 +165,31 @@ def test_the_maximum_is_named_and_can_be_had():
     utility = random_utilities(grid, 1, "noise", torch.Generator().manual_seed(0))
     smallest = Projector(grid)(utility, torch.tensor([grid.maximum_ratio], dtype=torch.float64))
     assert smallest[0].tolist() == list(grid.minimum)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same_policies_without_synchronising():
+    """On the device, and from a graph, which a synchronisation in the middle would make impossible."""
+    grid, generator = Grid(Structure(6, 64, 4, 2, 16, 512), 32), torch.Generator().manual_seed(0)
+    utility = random_utilities(grid, 1, "walk", generator)
+    ratio = torch.tensor([0.37])
+    projector = Projector(grid).cuda()
+    expected = Projector(grid)(utility, ratio)
+    given = utility.cuda(), ratio.cuda()
+    assert torch.equal(projector(*given).cpu(), expected)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        projector(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = projector(*given)
+    given[0].copy_(random_utilities(grid, 1, "walk", generator))
+    graph.replay()
+    assert torch.equal(found, projector(*given))
+    fractions = torch.rand((40, grid.sublayers), generator=generator)
+    ratios = 0.1 + 0.5 * torch.rand(40, generator=generator)
+    assert torch.equal(
+        projector.nearest(fractions.cuda(), ratios.cuda()).cpu(), Projector(grid).nearest(fractions, ratios)
+    )
