@@ -71,7 +71,7 @@ class Projector(nn.Module):
     allowed: Tensor  # bool [S, K]
     relative_cost: Tensor  # fp32 [S, K]: share of the largest cost, so that the multiplier's range suits every model
     table: Tensor  # fp64 [S, K]
-    steps: Tensor  # fp64 [S·(K − 1)]: cost of the step up to each level from 1 on
+    steps: Tensor  # fp64 [S·(K − 1)]: cost of the step up to each level from 1 on, 0 beyond the maximum
     free: Tensor  # bool, the same shape: steps that may be taken or not
     forced: Tensor  # bool: steps that are always taken
     cheap: Tensor  # bool: free steps of the cheapest sub-layers
@@ -108,11 +108,10 @@ class Projector(nn.Module):
     def meet(self, utility: Tensor, target: Tensor) -> Tensor:
         """Levels int64 [B, S] of the policies whose cost, constant left out, is ``target`` fp64 [B]."""
         utility = utility.masked_fill(~self.allowed, -torch.inf)
-        cost = torch.where(self.free | self.forced, self.steps, 0.0)
         steps = _Steps(
             low=torch.zeros(utility.shape[:2], dtype=torch.int64, device=utility.device),
             key=self._keys(utility, target),
-            cost=cost[None],
+            cost=self.steps[None],
             gain=utility.diff(dim=2).flatten(1).nan_to_num(0, 0, 0),
             free=self.free[None],
             forced=self.forced[None],
@@ -148,7 +147,7 @@ class Projector(nn.Module):
         """Utility a cost of every step, fp32 [B, N]; infinite for steps that are forced, −infinite for impossible."""
         cost = (self.steps / self.total).float().clamp_min(1e-12)
         slopes = utility.diff(dim=2).flatten(1) / cost
-        return slopes.where(self.free, torch.where(self.forced, torch.inf, -torch.inf).float())
+        return slopes.masked_fill(~self.free, -torch.inf).masked_fill(self.forced, torch.inf)
 
     def _keys(self, utility: Tensor, target: Tensor) -> Tensor:
         """What steps are sorted by, fp32 [B, N], never rising with the level of one sub-layer.
