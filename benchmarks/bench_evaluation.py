@@ -16,7 +16,8 @@ import argparse
 import datetime
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -101,9 +102,8 @@ def families(grid: Grid, count: int) -> dict[str, list[Policy]]:
     }
 
 
-def small_rows(arguments: argparse.Namespace, rate: float) -> list[dict]:
+def small_rows(arguments: argparse.Namespace, rate: float) -> Iterator[dict]:
     weights, grid, library, text = small_model(arguments.model, arguments.text, arguments.eval_text)
-    rows = []
     for tokens in (49_152, 16_384, 2_048):
         sequences = take_tokens(text, tokens)
         evaluator = Evaluator(weights, grid, sequences, library)
@@ -113,9 +113,8 @@ def small_rows(arguments: argparse.Namespace, rate: float) -> list[dict]:
             took = seconds(lambda p=policies, e=evaluator: e.log_perplexities(p)) / len(policies)
             one = seconds(lambda x=levels, e=serial: [e.losses([row]) for row in x[:8]]) / min(8, len(levels))
             work = operations(grid, policies, sequences.numel(), 512, len(weights.head))
-            rows.append(row(arguments.model.name, name, sequences, took, work / rate, one_at_a_time=1 / one))
-    rows.append(precision_row(weights, grid, library, take_tokens(text, 49_152)))
-    return rows
+            yield row(arguments.model.name, name, sequences, took, work / rate, one_at_a_time=1 / one)
+    yield precision_row(weights, grid, library, take_tokens(text, 49_152))
 
 
 def precision_row(weights: DecoderWeights, grid: Grid, library: Library, sequences: Tensor) -> dict:
@@ -127,7 +126,6 @@ def precision_row(weights: DecoderWeights, grid: Grid, library: Library, sequenc
     first, second = ours.log_perplexities(policies), ours.log_perplexities(policies[::-1])[::-1]
     worst = (torch.tensor(first) - expected).exp().sub(1).abs().max().item()
     result = {"what": "bf16 against fp32", "policies": len(policies), "worst_relative_perplexity": worst}
-    print(result | {"bit_identical_in_any_company": first == second}, flush=True)
     return result | {"bit_identical_in_any_company": first == second}
 
 
@@ -151,11 +149,11 @@ def random_weights(s: Structure) -> DecoderWeights:
     return DecoderWeights(s, draw(VOCABULARY, s.hidden), layers, one, draw(VOCABULARY, s.hidden), rotary, 1e-5)
 
 
-def large_rows(rate: float) -> list[dict]:
+def large_rows(rate: float) -> Iterator[dict]:
     """Llama-2-7B's shape at 16,384 tokens. Without a library: its solved weights have the shapes of the prefixes."""
     weights, grid = random_weights(LLAMA_2_7B), Grid(LLAMA_2_7B, 688)
     sequences = torch.randint(0, VOCABULARY, (8, 2048), device=DEVICE)
-    evaluator, rows = Evaluator(weights, grid, sequences), []
+    evaluator = Evaluator(weights, grid, sequences)
     generator = torch.Generator().manual_seed(0)
     for name, policies in {
         "uniform, 50 %": [uniform_policy(grid, 0.5)],
@@ -164,16 +162,24 @@ def large_rows(rate: float) -> list[dict]:
     }.items():
         took = seconds(lambda p=policies: evaluator.log_perplexities(p)) / len(policies)
         work = operations(grid, policies, sequences.numel(), 2048, VOCABULARY)
-        rows.append(row("llama-2-7b shape", name, sequences, took, work / rate))
-    return rows
+        yield row("llama-2-7b shape", name, sequences, took, work / rate)
 
 
 def row(model: str, policies: str, sequences: Tensor, took: float, limit: float, **others: float) -> dict:
     result = {"model": model, "policies": policies, "tokens": sequences.numel(), "sequence": sequences.shape[1]}
     result |= {"ms": round(1e3 * took, 3), "per_second": round(1 / took, 1), "limit_ms": round(1e3 * limit, 3)}
-    result |= {"share_of_limit": round(limit / took, 3)} | {k: round(v, 1) for k, v in others.items()}
-    print(result, flush=True)
-    return result
+    return result | {"share_of_limit": round(limit / took, 3)} | {k: round(v, 1) for k, v in others.items()}
+
+
+def write_rows(path: Path, report: dict, rows: Iterable[dict]) -> None:
+    """Print each row and write the report with all rows so far: a run that is stopped leaves what it has measured."""
+    report = report | {"rows": []}
+    for found in rows:
+        print(json.dumps(found), flush=True)
+        report["rows"].append(found)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(path)
 
 
 def main() -> None:
@@ -184,19 +190,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rate = product_rate()
-    print(f"product {rate / 1e12:.0f} TFLOP/s", flush=True)
-    with torch.no_grad():
-        rows = small_rows(arguments, rate) + large_rows(rate)
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "product_TFLOP_per_s": round(rate / 1e12, 1),
-        "rows": rows,
     }
-    temporary = arguments.output.with_suffix(".part")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(arguments.output)
+    with torch.no_grad():
+        write_rows(arguments.output, report, chain(large_rows(rate), small_rows(arguments, rate)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         --model MODEL --text calibration.txt --eval-text evaluation.txt
 
 Llama-2-7B's shape with random weights, 16 FFN levels and 32 kv-groups, everything from the tokens on: the dense pass
-with its Grams, ranking, factors, and the solutions of all levels; before that MODEL, a small checkpoint, with the
+with its Grams, ranking, factors, and the solutions of all levels; then MODEL, a small checkpoint, with the
 perplexity of uniform policies by ranking, and by refit, masking, and masking with FLAP's biases. ``limit`` is the
 operations over the rate of an 8192-cubed product of the same kind, measured in the same run: bf16 for pass and Grams,
 fp64 for the factors, fp32 for the solutions.
@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
-from bench_evaluation import DEVICE, LLAMA_2_7B, VOCABULARY, random_weights, seconds
+from bench_evaluation import DEVICE, LLAMA_2_7B, VOCABULARY, random_weights, seconds, write_rows
 from torch import Tensor
 
 from ppf import checkpoint
 from ppf.calibration import LayerStatistics, calibrate
 from ppf.evaluation import Evaluator
-from ppf.forward import token_losses
 from ppf.grid import Grid
 from ppf.library import Library, Refit, library_bytes, refit_layer
-from ppf.peers.plain import masked_hidden
+from ppf.plain import masked_losses
 from ppf.policy import Policy
 from ppf.ranking import rank_layer
 from ppf.sampling import uniform_policy
@@ -123,6 +122,7 @@ def limits(grid: Grid, tokens: int, length: int, speed: dict[torch.dtype, float]
 
 
 def timed(took: dict[str, float], limit: dict[str, float]) -> dict:
+    limit = {stage: limit[stage] for stage in took if stage in limit}
     total, least = sum(took.values()), sum(limit.values())
     return {
         "seconds": round(total, 3), "limit_seconds": round(least, 3), "share_of_limit": round(least / total, 3),
@@ -172,8 +172,7 @@ def with_biases(
         ):
             biases[at] = (output[:, width:].float() @ mean[width:]).to(output.dtype)
     levels = grid.encode([policy])[0].tolist()
-    losses = token_losses(weights, masked_hidden(weights, grid, levels, sequences, biases), sequences)
-    return float(losses.double().mean())
+    return float(masked_losses(weights, grid, levels, sequences, biases).double().mean())
 
 
 def main() -> None:
@@ -188,16 +187,10 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    rows = []
     with torch.no_grad():
         speed = rates()
         report |= {f"product_TFLOP_per_s_{str(k)[6:]}": round(v / 1e12, 1) for k, v in speed.items()}
-        for found in (*small_rows(arguments, speed), large_row(speed)):
-            rows.append(found)
-            print(json.dumps(found), flush=True)
-    temporary = arguments.output.with_suffix(".part")
-    temporary.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
-    temporary.replace(arguments.output)
+        write_rows(arguments.output, report, chain((large_row(speed),), small_rows(arguments, speed)))
 
 
 if __name__ == "__main__":
