@@ -6,7 +6,7 @@
 Dense, and with half of the kv-groups and channels of every layer; then one elastic model, switched between uniform
 policies. Medians of whole ``generate()`` calls; what the columns mean is in ppf/runtime/benchmark.py. ``--compiled``
 compares one sequence's decoding with stock generation with a static cache and torch.compile too, and nothing else: it
-compiles for minutes.
+compiles for minutes. Expect two minutes for the first command and, with ``--model llama-2-7b``, three for the second.
 """
 
 from __future__ import annotations
