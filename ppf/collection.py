@@ -135,7 +135,7 @@ def learn(
     """A predictor and an agent, trained from scratch on ``rows``; ``effort`` scales their steps, ``experts`` are the
     agent's rounds of expert iteration."""
     how = learning or Learning()
-    predictor = make_predictor(how.predictor, grid).to(device)
+    predictor = make_predictor(how.predictor, grid, how.energies).to(device)
     agent = Agent(grid, seed=seed, energies=how.energies).to(device)
     fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(800 * effort))
     train_agent(agent, predictor.eval(), seed, steps=round(400 * effort), kind=how.agent, experts=experts)

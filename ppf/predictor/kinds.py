@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..errors import InputError
 from ..grid import Grid
 from .base import Predictor
@@ -20,6 +22,11 @@ def predictor_named(kind: str) -> type[Predictor]:
     return KINDS[kind]
 
 
-def make_predictor(kind: str, grid: Grid) -> Predictor:
-    """An untrained predictor of a kind, on the CPU. Raises ``InputError`` for a name that is none."""
-    return predictor_named(kind)(grid)
+def make_predictor(kind: str, grid: Grid, energies: Tensor | None = None) -> Predictor:
+    """An untrained predictor of a kind, on the CPU. Raises ``InputError`` for a name that is none.
+
+    ``energies`` [S, K] are the library's error energies of every level, which the Gaussian process starts from; they
+    are saved with it. Networks gain nothing from them (dev/LOG.md) and do without.
+    """
+    chosen = predictor_named(kind)
+    return chosen(grid, energies) if chosen is GaussianProcess else chosen(grid)

@@ -12,6 +12,7 @@ from .kernel import PolicyKernel
 # Measurements a step looks at. A step costs the cube of it; more than 400 changed nothing at 4,000 (dev/LOG.md).
 _BATCH = 400
 _RATE = 0.1
+_FEW = 300
 
 
 def maximise_likelihood(
@@ -26,9 +27,11 @@ def maximise_likelihood(
     optimiser = torch.optim.Adam(parameters, lr=_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step, steps))
     count = min(_BATCH, len(targets))
+    # With few measurements the likelihood flatters whatever parameters suit them: then the prior has more say.
+    prior = (1 + _FEW / len(targets)) * count / len(targets)
     for _ in range(steps):
         rows = torch.randperm(len(targets), generator=generator)[:count].to(targets.device)
-        loss = _surprise(kernel, log_noise, levels[rows], targets[rows]) + kernel.penalty() * count / len(targets)
+        loss = _surprise(kernel, log_noise, levels[rows], targets[rows]) + prior * kernel.penalty()
         optimiser.zero_grad(set_to_none=True)
         (loss / count).backward()
         optimiser.step()

@@ -1,0 +1,123 @@
+"""Predictors: milliseconds for one policy, policies a second in a batch, seconds of a training; all with uncertainty.
+
+    python benchmarks/bench_predictor.py --device cuda --output benchmarks/results/predictor_h200.json
+
+Geometry of ref-14m (32 sub-layers, 12 FFN levels), a made-up log-perplexity. Medians of wall time, the device waited
+for, levels already on it. The Gaussian process's limit in a batch: n² fp32 operations a policy (the triangle of L⁻¹
+times its covariances) at the rate of a plain fp32 matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppf.grid import Grid
+from ppf.predictor import KINDS, make_predictor
+from ppf.sampling import random_levels, random_ratios
+from ppf.structure import Structure
+from ppf.training import fit_predictor
+
+GRID = Grid(Structure(layers=16, hidden=256, kv_groups=4, heads_per_group=2, head_dim=32, channels=768), 64)
+BATCH = {"cuda": 1 << 18, "cpu": 1 << 12}
+
+
+def damage(levels: Tensor) -> Tensor:
+    """A made-up log-perplexity fp32 [P]: every sub-layer's own loss, and products of neighbours."""
+    lost = 1 - levels / torch.tensor(GRID.maximum)
+    weight = 0.3 + 2 * torch.rand(GRID.sublayers, generator=torch.Generator().manual_seed(7))
+    own = (weight * lost.square()).mean(-1)
+    return 3.5 + own + 1.5 * (lost[:, :-1] * lost[:, 1:]).mean(-1) + own.square()
+
+
+def sample(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return random_levels(GRID, random_ratios(count, generator), generator)
+
+
+def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
+    """Median seconds of a call, the device waited for; two calls before do not count."""
+    times = []
+    for _ in range(repeats + 2):
+        wait(device)
+        started = time.perf_counter()
+        call()
+        wait(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def gemm_rate(device: str) -> float:
+    """fp32 operations a second of a square matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, device, 5)
+
+
+def measure(kind: str, count: int, device: str, rate: float) -> dict[str, Any]:
+    """One kind of predictor at ``count`` measurements."""
+    levels = sample(count, seed=0)
+    predictor = make_predictor(kind, GRID).to(device)
+    wait(device)
+    started = time.perf_counter()
+    fit_predictor(predictor, levels, damage(levels), seed=0)
+    predictor.eval()(levels[:1])
+    wait(device)
+    fitted = time.perf_counter() - started
+    batch = sample(BATCH[device], seed=1).to(device)
+    one = seconds(lambda: predictor(batch[:1]), device, 50)
+    many = len(batch) / seconds(lambda: predictor(batch), device, 5)
+    started = time.perf_counter()
+    fit_predictor(predictor, levels, damage(levels), seed=0, steps=150, fresh=False)
+    wait(device)
+    row = {"kind": kind, "measurements": count, "fit_s": fitted, "refit_s": time.perf_counter() - started}
+    row |= {"one_ms": 1000 * one, "batch": len(batch), "per_second": many}
+    if kind == "gp":
+        row["share_of_limit"] = many * count**2 / rate
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kinds", nargs="+", default=sorted(KINDS))
+    parser.add_argument("--measurements", nargs="+", type=int, default=[600, 2000, 4000])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    device = arguments.device
+    rate = gemm_rate(device)
+    environment = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    rows = []
+    for kind in arguments.kinds:
+        for count in arguments.measurements:
+            rows.append(measure(kind, count, device, rate))
+            print(json.dumps(rows[-1]), flush=True)
+    if arguments.output:
+        data = {"environment": environment, "gemm_TFLOP/s": rate / 1e12, "rows": rows}
+        arguments.output.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
