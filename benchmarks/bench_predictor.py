@@ -96,8 +96,8 @@ def measure(kind: str, count: int, device: str, rate: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kinds", nargs="+", default=sorted(KINDS))
-    parser.add_argument("--measurements", nargs="+", type=int, default=[600, 2000, 4000])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--measurements", nargs="+", type=int, default=[4000, 2000, 600])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = arguments.device
@@ -109,14 +109,14 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in arguments.kinds:
         for count in arguments.measurements:
             rows.append(measure(kind, count, device, rate))
             print(json.dumps(rows[-1]), flush=True)
-    if arguments.output:
-        data = {"environment": environment, "gemm_TFLOP/s": rate / 1e12, "rows": rows}
-        arguments.output.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            if arguments.output:  # after every row: what was measured stays when the rest is cut off
+                data = {"environment": environment, "gemm_TFLOP/s": rate / 1e12, "rows": rows}
+                arguments.output.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
