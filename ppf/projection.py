@@ -189,7 +189,8 @@ class Projector(nn.Module):
             return (levels * self.step_cost).sum(-1)
 
         edge = 2 * (weight * (1 + fractions.abs())).amax(1) + 1e-3
-        return _sections(-edge, edge, cost, target, fractions.numel())
+        # A parabola's level takes several operations where an argmax reads one number.
+        return _sections(-edge, edge, cost, target, 8 * fractions.numel())
 
     def _cut(self, steps: _Steps, target: Tensor) -> Tensor:
         """Take the steps by their keys as far as ``target`` fp64 [B] goes beyond ``low``, and settle what is left."""

@@ -1,0 +1,81 @@
+"""Whether the sum of a latency table meets whole models: predicted beside measured, policy by policy. Needs a GPU.
+
+    python benchmarks/bench_profiling.py --output benchmarks/results/profiling_h100.json    # about 60 s
+
+Two shapes with random weights in bf16: one whose steps are all launches, and one of a billion parameters. For prompt
+passes and decode steps, random policies from 10 to 60 %, uniform ones and the dense model are timed against the sum.
+A share of the physical limit is not given: what is measured here is the error of the sum, not the speed of the runtime
+(see bench_decode.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ppf.files import write_json
+from ppf.grid import Grid
+from ppf.policy import Policy
+from ppf.profiling import Workload, measure_profile, milliseconds, profile_facts
+from ppf.sampling import random_levels, uniform_policy
+from ppf.surgery import materialize
+from ppf.weights import DecoderWeights, LayerRanking
+
+# Hidden, heads, kv heads, head size, channels, layers, vocabulary, FFN multiple, tokens.
+SHAPES = {
+    "14m": (256, 8, 4, 32, 768, 16, 4096, 64, 512),
+    "1b": (2048, 32, 8, 64, 8192, 16, 32_000, 256, 2048),
+}
+
+
+def build_dense(shape: tuple[int, ...]) -> LlamaForCausalLM:
+    hidden, heads, groups, head, channels, layers, vocabulary, *_ = shape
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=channels, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, head_dim=head, max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def policies(grid: Grid) -> list[Policy]:
+    ratios = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    drawn = grid.decode(random_levels(grid, ratios, torch.Generator().manual_seed(0)))
+    return [*drawn, uniform_policy(grid, 0.3), uniform_policy(grid, 0.5), grid.dense()]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    dense = build_dense(SHAPES[name])
+    weights, *_, multiple, tokens = DecoderWeights.from_model(dense), *SHAPES[name]
+    grid, s = Grid(weights.structure, multiple), weights.structure
+    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
+    found = []
+    for workload in (Workload("prefill", 1, tokens), Workload("decode", 1, tokens), Workload("decode", 16, tokens)):
+        start = time.perf_counter()
+        profile = measure_profile(grid, lambda p: materialize(dense.config, weights, order, grid, p), workload)
+        seconds, costs = time.perf_counter() - start, profile.costs(grid)
+        for policy in policies(grid):
+            predicted = float(costs.of(grid.encode([policy]))[0])
+            measured = milliseconds(materialize(dense.config, weights, order, grid, policy), workload)
+            row = {"shape": name, "workload": vars(workload), "ratio": grid.ratio(policy), "predicted": predicted}
+            found.append(row | {"measured": measured, "off": measured / predicted - 1, "profile_seconds": seconds})
+            print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    facts = profile_facts(torch.device("cuda"), torch.bfloat16) | {"date": datetime.date.today().isoformat()}
+    write_json(options.output, facts | {"unit": "milliseconds", "rows": [row for name in SHAPES for row in rows(name)]})
+
+
+if __name__ == "__main__":
+    main()
