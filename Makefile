@@ -16,9 +16,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# Exports in the programs they are for. Compiles llama.cpp, some minutes on two cores; versions already there are kept.
+# Exports in the programs they are for. Compiles llama.cpp without its tools: some minutes on two cores, once.
+LLAMA_OPTIONS := -DGGML_CCACHE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF \
+	$(foreach part,EXAMPLES TOOLS TESTS SERVER,-DLLAMA_BUILD_$(part)=OFF)
 test-export: $(STAMP)
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_CCACHE=OFF" $(BIN)/python -m pip install --quiet --editable '.[export-test]'
+	CMAKE_ARGS="$(LLAMA_OPTIONS)" $(BIN)/python -m pip install --quiet --editable '.[export-test]'
 	$(BIN)/python -m pytest tests/test_export_llamacpp.py tests/test_export_lm_eval.py
 
 lint: $(STAMP)
