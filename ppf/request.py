@@ -150,7 +150,8 @@ def _throughput(run: Run, tokens_per_second: float) -> Budget:
 
 def verified(run: Run, budget: Budget, policy: Policy, model: PreTrainedModel) -> dict[str, Any]:
     """What was requested, what the budget's table predicts for ``policy``, and what ``model``, its materialised form,
-    has: bytes counted or milliseconds timed where that can be done here, else None. In the unit of the request."""
+    has: bytes counted or milliseconds timed where that can be done here, else None. In the unit of the request.
+    ``within_tolerance`` says that it is within 5 % of the prediction, and not more than 5 % beyond the request."""
     predicted, facts = _in_unit(budget, budget.delivered(policy)), {}
     measured = None
     if budget.kind == "memory-gb":
@@ -168,9 +169,16 @@ def verified(run: Run, budget: Budget, policy: Policy, model: PreTrainedModel) -
         "predicted": predicted,
         "measured": measured,
         "off": off,
-        "within_tolerance": None if off is None else abs(off) <= TOLERANCE,
+        "within_tolerance": None if off is None else abs(off) <= TOLERANCE and _is_met(budget, measured),
         "unit": budget.costs.unit,
     } | facts
+
+
+def _is_met(budget: Budget, measured: float) -> bool:
+    """Whether what was measured keeps what was asked for, give or take the tolerance."""
+    if budget.kind == "tokens-per-second":
+        return measured >= budget.requested / (1 + TOLERANCE)
+    return measured <= budget.requested * (1 + TOLERANCE)
 
 
 def _in_unit(budget: Budget, cost: float, profile: Profile | None = None) -> float:

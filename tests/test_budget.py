@@ -10,6 +10,7 @@ from cli_cases import refusal
 
 import ppf
 from ppf.budget import limit_budget, ratio_budget
+from ppf.cli.prune import budget_line
 from ppf.costs import Costs, parameters, token_flops, weight_bytes
 from ppf.errors import InputError
 from ppf.grid import Grid
@@ -140,6 +141,16 @@ def test_answers_in_every_unit(run, kind):
     data = told("policy", run.path, f"--{kind}", asked)
     assert data["policy"] == {"attention": list(found.policy.attention), "ffn": list(found.policy.ffn)}
     assert data["budget"]["kind"] == kind and data["requested_ratio"] is None
+
+
+@pytest.mark.parametrize("slower, fine", [(1.0, True), (1.04, True), (1.2, False), (0.8, False)])
+def test_a_result_that_is_off_is_said_aloud(run, monkeypatch, slower, fine):
+    budget = Request(latency_ms=0.7 * uneven_profile(run.grid).costs(run.grid).range(run.grid)[1]).budget(run)
+    policy = answer(run, budget).policy
+    monkeypatch.setattr("ppf.request.milliseconds", lambda *_: slower * budget.delivered(policy))
+    report = verified(run, budget, policy, run.materialize(policy))
+    assert report["within_tolerance"] is fine and report["off"] == pytest.approx(slower - 1)
+    assert ("profile again" in budget_line(report)) is not fine
 
 
 def test_memory_can_be_searched(tiny_run, tmp_path):

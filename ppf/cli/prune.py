@@ -92,7 +92,7 @@ def budget_line(budget: dict) -> str:
         return text
     text += f", {measured:,.6g} measured"
     if not budget["within_tolerance"]:
-        text += f": {abs(budget['off']):.0%} off the prediction; profile again on a quiet machine"
+        text += f": {budget['off']:+.1%} off the prediction; profile again, on a quiet machine"
     return text
 
 
