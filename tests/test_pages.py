@@ -114,6 +114,19 @@ def test_plots_take_the_colours_of_the_theme_and_keep_their_ids_apart(page):
     assert len(ids) == len(set(ids))
 
 
+def test_boxes_and_outlines_are_visible_in_the_dark():
+    page = Page("Boxes")
+    with figure() as (fig, ax):
+        ax.boxplot([[1, 2, 3, 4, 30], [2, 3, 5, 8, 9]])
+        ax.errorbar([1, 2], [3, 4], yerr=1, capsize=2)
+        ax.axhline(2)
+        ax.bar([1], [1], hatch="//")
+        ax.set(xlabel="ratio (%)", ylabel="error (nats)")
+    page.figure(fig, "Residuals.")
+    for svg in re.findall(r"<svg.*?</svg>", page.html(), flags=re.DOTALL):
+        assert re.findall(r"(?:fill|stroke): *(?:#\w+|black)", svg) == []
+
+
 def test_numbers_are_aligned_and_one_row_stands_out(page):
     html = page.html()
     assert html.count('class="marked"') == 1 and '<tr class="marked"><td>&lt;ours&gt;</td>' in html

@@ -54,6 +54,15 @@ _RC: dict[str, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "image.cmap": "viridis",
+    # matplotlib draws these black, whatever the theme.
+    **{f"boxplot.{part}props.color": _INK for part in ("box", "whisker", "cap")},
+    "boxplot.medianprops.color": SERIES[1],
+    "boxplot.flierprops.color": _MUTED,
+    "boxplot.flierprops.markeredgecolor": _MUTED,
+    "boxplot.flierprops.markerfacecolor": "none",
+    "patch.edgecolor": _INK,
+    "hatch.color": _INK,
+    "lines.color": SERIES[0],
 }
 # Width of the drawing for phones, in inches of 72 points: about what 390 CSS pixels leave.
 _NARROW_INCHES = 4.2
