@@ -164,6 +164,27 @@ def plot_swiglu(path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def recovery_section(name: str) -> str:
+    """Perplexity after recovery training, by method, beside the pruned and the dense model."""
+    data = load(name)
+    where, protocol = data["environment"], data["protocol"]
+    rows = [("dense", "", "", f"{data['dense']:.2f}", ""), ("pruned", "", "", f"{data['pruned']:.2f}", "")]
+    for row in data["rows"]:
+        settings, seconds = row["settings"], f"{row['training_seconds']:.0f}"
+        change = f"{row['perplexity'] / data['pruned'] - 1:+.1%}"
+        rows.append(
+            (f"{settings['method']}, teacher {settings['distillation']:.0%} of the loss", f"{settings['tokens']:,}",
+             seconds, f"{row['perplexity']:.2f}", change)
+        )  # fmt: skip
+    facts = (
+        f"{data['model']}, {data['delivered_ratio']:.0%} of its decoder removed by a fit of "
+        f"{data['fit']['evaluations']} evaluations; {protocol['text']}, {protocol['tokens']:,} tokens in sequences of "
+        f"{protocol['sequence_length']}. {where['device']}, torch {where['torch']}, {where['date']}"
+    )
+    note = f"; {where['note']}" if "note" in where else ""
+    return f"{facts}{note}.\n\n" + table(("checkpoint", "tokens", "seconds", "perplexity", "change"), rows)
+
+
 def main() -> None:
     """Write docs/benchmarks.md and its plot."""
     DOCS.mkdir(exist_ok=True)
@@ -177,6 +198,7 @@ def main() -> None:
     for title, section, prefix in (
         ("True evaluations", evaluation_section, "evaluation"),
         ("Libraries", library_section, "library"),
+        ("Recovery training", recovery_section, "recover"),
     ):
         for file in sorted(RESULTS.glob(f"{prefix}_*.json")):
             sections += [f"## {title}", section(file.name)]
