@@ -1,0 +1,171 @@
+"""The Gaussian process: a kernel that is one, a posterior that is the textbook's, parameters that the data choose."""
+
+import pytest
+import torch
+from factories import synthetic_log_perplexity
+
+from ppf.grid import Grid
+from ppf.predictor import gaussian, one_hot
+from ppf.predictor.gaussian import GaussianProcess
+from ppf.predictor.kernel import PolicyKernel
+from ppf.predictor.likelihood import _surprise, maximise_likelihood, noise_variance, noisy
+from ppf.predictor.posterior import Posterior, Waves
+from ppf.sampling import random_levels, random_ratios
+from ppf.structure import Structure
+from ppf.training import fit_predictor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)  # 4 levels of attention, 5 of the FFN
+LAYERS = GRID.structure.layers
+
+
+def drawn(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    levels = random_levels(GRID, random_ratios(count, generator), generator).unique(dim=0)
+    return levels, synthetic_log_perplexity(GRID, levels).double()
+
+
+def standardised(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean()) / values.std()
+
+
+@pytest.fixture
+def kernel() -> PolicyKernel:
+    """A kernel with parameters that are all different."""
+    kernel = PolicyKernel(GRID)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in kernel.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return kernel.requires_grad_(False)
+
+
+def test_covariances_are_symmetric_and_positive(kernel):
+    points = kernel.at(drawn(80)[0])
+    gram = kernel(points, points)
+    torch.testing.assert_close(gram, gram.T)
+    torch.testing.assert_close(gram.diagonal(), kernel.variance(points), rtol=1e-6, atol=1e-6)
+    assert torch.linalg.eigvalsh(gram).min() > 0  # no policy twice
+
+
+def test_definite_policies_are_the_corners_of_relaxed_ones(kernel):
+    levels, _ = drawn(30)
+    tables = kernel.tables()
+    for definite, relaxed in zip(kernel.at(levels), kernel.embed(one_hot(levels, GRID).double(), tables), strict=True):
+        torch.testing.assert_close(definite, relaxed)
+
+
+def test_strain_reaches_downwards_only(kernel):
+    """What a sub-layer loses strains itself and what comes after it; of one layer, attention comes first."""
+    dense = torch.tensor([GRID.maximum])
+    order = [sublayer for layer in range(LAYERS) for sublayer in (layer, LAYERS + layer)]
+    for place, sublayer in enumerate(order):
+        less = dense.clone()
+        less[0, sublayer] -= 1
+        strain = kernel.at(less).matern[0, 2 * GRID.sublayers :]
+        assert (strain[:place] == 0).all() and (strain[place:] > 0).all()
+    assert (kernel.at(dense).linear == 0).all()
+
+
+def test_absence_is_told_apart_from_little(kernel):
+    levels = torch.tensor([GRID.maximum]).repeat(3, 1)
+    levels[1, 1], levels[2, 1] = 1, 0
+    absent = kernel.at(levels).matern[:, GRID.sublayers : 2 * GRID.sublayers]
+    assert (absent[:2] == 0).all() and absent[2].nonzero().flatten().tolist() == [1]
+
+
+def test_lines_start_with_the_shape_of_the_error_energies():
+    energies = torch.zeros(GRID.sublayers, GRID.levels)
+    energies[:LAYERS, :4] = torch.tensor([1.0, 0.5, 0.2, 0.0])
+    energies[LAYERS:] = torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0])
+    place = PolicyKernel(GRID, energies).tables()[1].detach()
+    for sublayer in (0, LAYERS):
+        top = GRID.maximum[sublayer]
+        shape = place[sublayer, : top + 1] / place[sublayer, top]
+        torch.testing.assert_close(shape.float(), 1 - energies[sublayer, : top + 1], rtol=1e-4, atol=1e-4)
+    even = PolicyKernel(GRID).tables()[1].detach()
+    torch.testing.assert_close(even[0, :4].diff(), even[0, 1].expand(3))
+
+
+def test_energies_are_saved(tmp_path):
+    energies = torch.rand(GRID.sublayers, GRID.levels).sort(dim=1, descending=True).values
+    told, again = GaussianProcess(GRID, energies), GaussianProcess(GRID)
+    again.load_state_dict(told.state_dict())
+    assert torch.equal(again.kernel.start, told.kernel.start)
+
+
+def test_the_prior_prefers_what_it_starts_from():
+    kernel = PolicyKernel(GRID)
+    assert kernel.penalty() == 0
+    for name, parameter in kernel.named_parameters():
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1
+        assert (kernel.penalty() > 0) == ("amplitude" not in name)
+        kernel.reset()
+
+
+def test_the_posterior_is_the_textbooks(kernel):
+    """Against the formulas with an explicit inverse (Rasmussen & Williams, eq. 2.25 and 2.26)."""
+    (levels, values), (unseen, _) = drawn(90), drawn(40, seed=1)
+    targets, log_noise = standardised(values), torch.tensor(-4.0, dtype=torch.float64)
+    mean, variance, _ = Posterior(kernel, log_noise, levels, targets).at(unseen)
+    data, points = kernel.at(levels), kernel.at(unseen)
+    inverse = torch.linalg.inv(noisy(kernel(data, data), log_noise))
+    cross = kernel(points, data)
+    torch.testing.assert_close(mean, cross @ inverse @ targets)
+    expected = kernel.variance(points) - (cross @ inverse * cross).sum(-1)
+    torch.testing.assert_close(variance, expected, rtol=0.02, atol=1e-5)  # it is computed in fp32
+
+
+def test_rows_left_out_at_once_are_rows_left_out_one_by_one(kernel):
+    levels, values = drawn(40)
+    targets, log_noise = standardised(values), torch.tensor(-3.0, dtype=torch.float64)
+    found = Posterior(kernel, log_noise, levels, targets).left_out()
+    for row in range(0, 40, 7):
+        others = torch.arange(len(levels)) != row
+        mean, variance, _ = Posterior(kernel, log_noise, levels[others], targets[others]).at(levels[[row]])
+        expected = (targets[row] - mean) / (variance + noise_variance(log_noise)).sqrt()
+        torch.testing.assert_close(found[[row]], expected, rtol=0.02, atol=1e-3)
+
+
+def test_likelihood_rises_and_tells_noise_from_signal():
+    levels, values = drawn(200)
+    generator = torch.Generator().manual_seed(5)
+    clean, noise = standardised(values), torch.randn(len(values), generator=generator, dtype=torch.float64)
+    found = []
+    for targets in (clean, clean + 0.2 * noise):
+        kernel, log_noise = PolicyKernel(GRID), torch.nn.Parameter(torch.tensor(-4.6, dtype=torch.float64))
+        before = float(_surprise(kernel, log_noise, levels, targets).detach())
+        maximise_likelihood(kernel, log_noise, levels, targets, seed=0, steps=60)
+        assert float(_surprise(kernel, log_noise, levels, targets).detach()) < before - 20
+        # What is rough and what is noise cannot be told apart where no policy stands twice.
+        found.append(float(noise_variance(log_noise).detach() + kernel.rough_amplitude.detach().exp()))
+    assert found[1] > 3 * found[0]
+
+
+def test_waves_have_variance_one_and_are_smooth():
+    waves = Waves(8, 10, seed=0, device=torch.device("cpu"))
+    points = torch.randn(4000, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = waves(points)
+    assert values.shape == (4000, 8) and abs(values.mean()) < 0.05 and 0.9 < values.std() < 1.1
+    assert (waves(points + 1e-4) - values).abs().mean() < 0.02
+
+
+def test_few_measurements_make_no_false_certainty():
+    levels, values = drawn(60)
+    predictor = GaussianProcess(GRID)
+    fit_predictor(predictor, levels, values, seed=0)
+    unseen, truth = drawn(300, seed=9)
+    found = predictor(unseen)
+    inside = ((found.mean - truth).abs() <= 1.645 * found.std).float().mean()
+    assert inside > 0.75 and predictor.spread_scale >= 1
+
+
+def test_more_rows_than_it_takes_are_thinned_out(monkeypatch):
+    monkeypatch.setattr(gaussian, "_LARGEST", 50)
+    levels, values = drawn(120)
+    predictor = GaussianProcess(GRID)
+    fit_predictor(predictor, levels, values, seed=0, steps=40)
+    kept = {tuple(row) for row in predictor.levels.tolist()}
+    assert len(kept) == 50 and kept < {tuple(row) for row in levels.tolist()}
+    assert predictor(levels).mean.isfinite().all()
