@@ -6,7 +6,8 @@ The limit is bytes over the bandwidth of a plain copy measured in the same run. 
 scattered columns every source row read once and the kept columns written; for heads (aligned blocks) the kept columns
 read and written. GPU: CUDA graphs over rotating buffers (several times the L2 cache), CUDA events, medians; a whole
 model is timed as the user calls it, `gpu_ms` leaves out the host's part. CPU: results written to memory that exists (as
-memcpy is measured), `fresh_ms` to new memory; best of several, since a shared machine only ever adds time.
+memcpy is measured), `fresh_ms` to new memory; gather, peer and copy in turns, minima (a shared machine only ever adds
+time) and medians.
 """
 
 from __future__ import annotations
@@ -118,17 +119,40 @@ def measure_cuda(shape, dim, index, dtype) -> dict[str, float]:
     }
 
 
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def measure_cpu(shape, dim, index, dtype) -> dict[str, float]:
+    """The gather, index_select and a plain copy in turns: a shared machine changes from second to second."""
     x, out = torch.randn(shape).to(dtype), None
     op, threads = (gather_rows, gather_columns)[dim], torch.get_num_threads()
     out = op(x, index)
     assert torch.equal(out, x.index_select(dim, index))
     fields = _fields(x, out, index.data_ptr(), index.element_size(), index.numel(), dim, 1)
+    source = torch.randint(0, 2**30, (2**25,), dtype=torch.int32)
+    target = torch.empty_like(source)
+    calls = {
+        "copy": lambda: target.copy_(source),
+        "ms": lambda: _C.gather_cpu(fields, "index", threads),
+        "index_select": lambda: torch.index_select(x, dim, index, out=out),
+    }
+    laps = {name: [] for name in calls}
+    for _ in range(11):
+        for name, call in calls.items():
+            laps[name].append(seconds(call))
+    least, middle = ({name: f(t) for name, t in laps.items()} for f in (min, statistics.median))
+    size = 2 * source.nbytes
     return {
-        "ms": best_ms(lambda: _C.gather_cpu(fields, "index", threads)),
-        "index_select_ms": best_ms(lambda: torch.index_select(x, dim, index, out=out), 5),
+        "ms": least["ms"] * 1e3,
+        "median_ms": middle["ms"] * 1e3,
+        "index_select_ms": least["index_select"] * 1e3,
+        "median_index_select_ms": middle["index_select"] * 1e3,
+        "copy_GB/s": size / least["copy"] / 1e9,
+        "median_copy_GB/s": size / middle["copy"] / 1e9,
         "fresh_ms": best_ms(lambda: op(x, index), 5),
-        "fresh_index_select_ms": best_ms(lambda: x.index_select(dim, index), 5),
     }
 
 
@@ -196,8 +220,10 @@ def main() -> None:
     for name, keep, shape, dim, index, blocks, dtype in cases(device):
         times = (measure_cuda if device == "cuda" else measure_cpu)(shape, dim, index, dtype)
         size = limit_bytes(shape, index.numel(), dim, blocks, dtype.itemsize)
-        if device == "cpu":  # a shared machine changes from second to second
-            bandwidth = times["copy_GB/s"] = copy_gbps(device)
+        if device == "cpu":
+            bandwidth = times["copy_GB/s"]
+            median_limit = size / times["median_copy_GB/s"] / 1e6
+            times["median_share_of_limit"] = median_limit / times["median_ms"]
         share = shares(times["ms"], size, bandwidth, times["index_select_ms"])
         if device == "cuda" and (dim == 0 or blocks):  # a copy that moves the same bytes pays the same launch
             times["share_of_same_copy"] = times["copy_of_result_ms"] / times["ms"]

@@ -71,7 +71,9 @@ void gather_cuda(const std::vector<Fields>& all, int device, uintptr_t stream, i
   for (const Fields& fields : all) jobs.push_back(to_job(fields));
   ppf::gather_cuda(jobs, device, reinterpret_cast<void*>(stream), stages);
 }
+#endif
 
+#ifdef PPF_WITH_GEMV
 const int32_t* list(int64_t value) { return static_cast<const int32_t*>(address(value)); }
 
 // x, weight, pair, y, rows, mask, blocks, x_pitch, weight_pitch, pair_pitch, y_stride, tokens, width, depth, scatter,
@@ -122,7 +124,7 @@ void gemv_scatter(const std::array<int64_t, 7>& f, int device, uintptr_t stream)
 }
 #endif
 
-#ifdef PPF_WITH_HOPPER
+#ifdef PPF_WITH_TILES
 // x, weight, pair, y, rows, blocks, x_pitch, weight_pitch, pair_pitch, tokens, width, depth, over_units, half
 void tile_product(const std::array<int64_t, 14>& f, int device, uintptr_t stream, int wide) {
   ppf::TileJob job{};
@@ -153,11 +155,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_cpu", &gather_cpu, "One gather in host memory; checks the index list first.");
 #ifdef PPF_WITH_CUDA
   m.def("gather_cuda", &gather_cuda, "Any number of gathers in device memory, on a stream, without synchronisation.");
+#ifdef PPF_WITH_GEMV
   m.def("gemv_rows", &gemv_rows, "A few tokens times listed weight rows.");
   m.def("gemv_columns", &gemv_columns, "A few tokens times listed units of a transposed weight.");
   m.def("gemv_scatter", &gemv_scatter, "The columns of a few tokens put back in place.");
   m.def("gemv_splits", &ppf::gemv_splits, "How many ways gemv_columns splits the units; 0 if it cannot run.");
-#ifdef PPF_WITH_HOPPER
+#endif
+#ifdef PPF_WITH_TILES
   m.def("tile_product", &tile_product, "Many tokens times listed weight rows, on Hopper's matrix units.");
 #endif
   m.def("cuda_problem", &ppf::cuda_problem, "Why the CUDA kernels cannot run on a device, or None.");

@@ -12,28 +12,18 @@
 
 #include <algorithm>
 
-#include "async_copy.cuh"
+#include "hopper.cuh"
 #include "device.cuh"
 #include "gemv.h"
 
 namespace ppf {
 namespace {
 
-#ifndef PPF_W
-#define PPF_W 8
-#define PPF_A 4
-#define PPF_U 2
-#define PPF_B1 4
-#define PPF_B2 3
-#define PPF_C1 3
-#define PPF_C2 3
-#define PPF_T 5
-#endif
-constexpr int kWarps = PPF_W;
+constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 16;   // weight rows of a matrix instruction
 constexpr int kPiece = 32;  // contraction positions of two matrix instructions: 16 bytes a lane
-constexpr int kAhead = PPF_A;   // pieces of a warp in flight, of two rows each
+constexpr int kAhead = 4;   // pieces of a warp in flight, of two rows each
 
 struct Bf16 {};
 struct Fp16 {};
@@ -104,8 +94,7 @@ enum class Kind { kPlain, kPair, kMasked };
 // Lane l works on rows l / 4 and l / 4 + 8 of the block's 16 (with kPair: a row of gate and the same one of up), and on
 // the elements l % 4 * 8 ... + 8 of a piece.
 template <class T, int kN, Kind kKind>
-__global__ void __launch_bounds__(kThreads, kN == 1 ? PPF_B1 : PPF_B2) rows_kernel(const __grid_constant__ GemvRows p) {
-#ifdef PPF_HOPPER
+__global__ void __launch_bounds__(kThreads, kN == 1 ? 4 : 3) rows_kernel(const __grid_constant__ GemvRows p) {
   let_dependents_start();
   __shared__ float scratch[(kWarps - 1) * kN * 4 * 32];
   constexpr bool kPair = kKind == Kind::kPair;
@@ -171,18 +160,16 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? PPF_B1 : PPF_B2) rows_kern
       y[token * p.y_stride + (p.scatter ? __ldg(p.rows + output) : output)] = rounded<T>(value);
     }
   }
-#endif
 }
 
 // ------------------------------------------------------------------------------------------------------------- columns
 
 constexpr int kWide = 64;       // columns of a block
-constexpr int kUnitsAhead = PPF_U;  // steps of 16 units in flight
+constexpr int kUnitsAhead = 2;  // steps of 16 units in flight
 
 // A lane takes 8 neighbouring columns of four units a step, and pairs the units' elements for the matrix units.
 template <class T, int kN>
-__global__ void __launch_bounds__(kThreads, kN == 1 ? PPF_C1 : PPF_C2) columns_kernel(const __grid_constant__ GemvColumns p) {
-#ifdef PPF_HOPPER
+__global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_constant__ GemvColumns p) {
   let_dependents_start();
   __shared__ float scratch[(kWarps - 1) * kN * 16 * 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -254,13 +241,11 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? PPF_C1 : PPF_C2) columns_k
       }
     }
   }
-#endif
 }
 
 // y[i] = sum over s of partial[s, i], in the order of s: the same input gives the same bits.
 template <class T>
 __global__ void __launch_bounds__(128) reduce_kernel(const float* partial, uint16_t* y, int size, int splits) {
-#ifdef PPF_HOPPER
   wait_for_previous_kernel();
   const int at = blockIdx.x * 128 + threadIdx.x;
   if (at >= size) return;
@@ -268,16 +253,13 @@ __global__ void __launch_bounds__(128) reduce_kernel(const float* partial, uint1
 #pragma unroll 8
   for (int s = 0; s < splits; ++s) total += partial[int64_t{s} * size + at];
   y[at] = rounded<T>(total);
-#endif
 }
 
 __global__ void __launch_bounds__(256) scatter_kernel(const Scatter p) {
-#ifdef PPF_HOPPER
   let_dependents_start();
   const int at = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
   if (at >= p.count) return;
   static_cast<uint16_t*>(p.y)[token * p.y_stride + p.rows[at]] = static_cast<const uint16_t*>(p.x)[token * p.x_stride + at];
-#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host
@@ -323,7 +305,7 @@ void launch_columns(const GemvColumns& job, void* stream, bool dependent) {
 }  // namespace
 
 int gemv_splits(int tokens, int depth, int columns, int device) {
-  const int slices = (columns + kWide - 1) / kWide, wanted = multiprocessors(device) * PPF_T;
+  const int slices = (columns + kWide - 1) / kWide, wanted = multiprocessors(device) * 5;
   const int most = (depth + kWarps * kUnitsAhead * 16 - 1) / (kWarps * kUnitsAhead * 16);
   (void)tokens;
   return std::max(1, std::min(wanted / slices, most));

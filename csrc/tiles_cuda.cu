@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "async_copy.cuh"
+#include "hopper.cuh"
 #include "device.cuh"
 #include "tiles.h"
 #include "wgmma.cuh"
@@ -38,7 +38,6 @@ struct Stage {
 
 __host__ __device__ constexpr int outputs_of(int wide, Rows kind) { return kind == Rows::kPair ? wide / 2 : wide; }
 
-#ifdef PPF_WGMMA
 __device__ __forceinline__ void copy_piece(uint32_t target, const char* source, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0)
                : "memory");
@@ -257,11 +256,9 @@ __device__ void consume(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCou
     store<kWide, kKind, kHalf>(p, d, Place(p, tile, outputs_of(kWide, kKind)), group);
   }
 }
-#endif
 
 template <int kWide, Rows kKind, bool kHalf>
 __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const __grid_constant__ TileJob p, int tiles) {
-#ifdef PPF_WGMMA
   using Ring = Stage<kWide>;
   extern __shared__ char shared[];
   __shared__ Sync<Ring::kCount> sync;
@@ -281,7 +278,6 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const __grid_constant
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
     consume<kWide, kKind, kHalf>(p, ring, sync, tiles);
   }
-#endif
 }
 
 int tiles_of(const TileJob& job, int wide, Rows kind) {

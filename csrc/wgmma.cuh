@@ -1,15 +1,11 @@
-// Hopper's matrix units: m64nNk16 products of 16-bit tiles in shared memory, and their descriptors. Needs sm_90a.
+// Hopper's matrix units: m64nNk16 products of 16-bit tiles in shared memory, and their descriptors. For files compiled
+// for sm_90a only.
 #pragma once
 
 #include <cstdint>
 
 namespace ppf {
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define PPF_WGMMA 1
-#endif
-
-#ifdef PPF_WGMMA
 // A tile in shared memory, rows of 128 bytes whose 16-byte pieces are permuted by the row number (128-byte swizzle),
 // 1024-byte aligned. Contraction along the rows: `leading` is not used, `stride` is the 1024 bytes of 8 rows.
 // Contraction over the rows: `leading` leads to the next 64 columns, `stride` to the next 8 rows.
@@ -106,6 +102,5 @@ PPF_WGMMA_WIDE(208, 13, "104", "105", "106")
 PPF_WGMMA_WIDE(224, 14, "112", "113", "114")
 PPF_WGMMA_WIDE(240, 15, "120", "121", "122")
 PPF_WGMMA_WIDE(256, 16, "128", "129", "130")
-#endif
 
 }  // namespace ppf
