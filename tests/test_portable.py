@@ -10,6 +10,7 @@ import torch
 from cli_cases import answer, ppf, refusal
 from factories import llama_config, quick_learning, write_checkpoint, write_text
 
+from ppf import price as price_module
 from ppf.errors import InputError
 from ppf.export import open_source, to_deci, to_gguf, to_hf, to_vllm
 from ppf.export.routes import routes
@@ -122,9 +123,27 @@ def test_a_portable_fit_learns_portable_policies_only(folder, tmp_path, monkeypa
     assert facts["settings"]["portable"] is True and facts["settings"]["ffn_multiple"] == MULTIPLE
     run = Run(tmp_path / "run")
     assert all(is_portable(row.policy) for row in run.experience.rows())
+    check_prices(run, facts["portable"])
+    assert answer(*arguments, "--portable")["portable"] == facts["portable"]  # resumed: measured once
     report = answer("prune", tmp_path / "run", "--ratio", 0.4, "--search", 6, "--output", tmp_path / "out")
     assert is_portable(Policy(**report["policy"])) and report["routes"]["deci"] is None
     refusal(*arguments, field="output", value="run")  # resuming it without --portable is another question
+
+
+def check_prices(run: Run, prices: list[dict]) -> None:
+    """The portable figure is the run's own answer; the other one is lower, and of a policy off the portable grid."""
+    assert [round(price["ratio"], 1) for price in prices] == [0.3, 0.5]
+    free = price_module._free(run)
+    assert free.grid == Grid(run.structure, 64)
+    for price, ratio in zip(prices, (0.3, 0.5), strict=True):
+        answer = run.policy(ratio)
+        assert price["perplexity"] == pytest.approx(math.exp(run.evaluator().log_perplexity(answer.policy)), rel=1e-5)
+        assert price["ratio"] == answer.delivered_ratio and price["evaluations"] == 8
+        assert price["cost"] == pytest.approx(price["perplexity"] / price["unrestricted"] - 1) and price["cost"] >= 0
+    assert any(price["cost"] > 0 for price in prices)
+    # The library serves widths of any grid: both evaluators agree where both can look.
+    policy = run.policy(0.4).policy
+    assert free.log_perplexity(policy) == pytest.approx(run.evaluator().log_perplexity(policy), rel=1e-5)
 
 
 @pytest.mark.parametrize("extra", [("--search", 5), ("--memory-gb", 0.001)])

@@ -32,6 +32,7 @@ _LABELS = {
     "curve": "Learning curve",
     "compare": "Methods and ratios",
     "demo": "Pruned and reloaded",
+    "price": "Pricing portability",
 }
 
 

@@ -23,7 +23,9 @@ def fit(
     eval_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Evaluate on this text, not on the last quarter of --text.")
     ] = None,
-    ranking: Annotated[str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")] = "wanda-sp",
+    ranking: Annotated[
+        str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")
+    ] = "wanda-sp",
     ffn_multiple: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 64,
     sequence_length: SequenceLength = 512,
     calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,
@@ -40,6 +42,7 @@ def fit(
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
     from ..fitting import fit as fit_run
+    from ..price import portable_prices
     from ..settings import Settings
 
     settings = Settings(
@@ -52,10 +55,17 @@ def fit(
     settings = replace(settings, portable=portable, early_stop=early_stop)
     with progress_bars() as progress:
         run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
-    facts = run_facts(run)
+        prices = portable_prices(run, progress) if portable else []
+    facts = run_facts(run) | ({"portable": prices} if portable else {})
+    shown = {"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}
+    for price in prices:
+        shown[f"portable at {price['ratio']:.1%}"] = (
+            f"perplexity {price['perplexity']:.2f}; without the restriction {price['unrestricted']:.2f} or less "
+            f"({price['evaluations']} evaluations): it costs at least {price['cost']:+.1%}"
+        )
     show(
         as_json,
         facts,
-        lines({"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}),
+        lines(shown),
         f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT",
     )
