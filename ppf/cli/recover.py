@@ -20,7 +20,7 @@ def recover(
     teacher: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The dense model, if not where ppf.json says.")
     ] = None,
-    distillation: Annotated[float, typer.Option(help="Share of the dense model in the loss; 0 needs none.")] = 0.5,
+    distillation: Annotated[float, typer.Option(help="Share of the dense model in the loss; 0 needs none.")] = 1.0,
     learning_rate: Annotated[float | None, typer.Option(help="At its peak; the method's own if left out.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of --method lora; 16 if left out.")] = None,
     sequence_length: SequenceLength = 512,

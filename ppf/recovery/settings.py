@@ -31,7 +31,7 @@ class RecoverySettings:
     method: str = "lora"
     tokens: int = 5_000_000
     learning_rate: float | None = None
-    distillation: float = 0.5
+    distillation: float = 1.0
     sequence_length: int = 512
     batch_tokens: int = 8_192
     micro_tokens: int | None = None
