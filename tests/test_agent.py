@@ -9,7 +9,7 @@ import torch
 from factories import synthetic_log_perplexity
 from safetensors.torch import load_file, save_file
 
-from ppf.agent import Agent, train_agent, training
+from ppf.agent import Agent, CapturedAgent, train_agent, training
 from ppf.agent.relaxation import relax
 from ppf.errors import InputError
 from ppf.grid import Grid
@@ -205,3 +205,21 @@ def test_cuda_answers_are_on_budget(trained):
     assert (gap(GRID, levels, ratio) <= 0.5 + 1e-4).all()
     agree = (levels == trained.agent(ratio)).float().mean()
     assert agree > 0.9
+
+
+@pytest.mark.gpu
+def test_a_captured_agent_answers_the_same_within_a_millisecond():
+    for grid in (GRID, LLAMA_2_7B):
+        agent = Agent(grid)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in agent.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        captured, times = CapturedAgent(agent, torch.device("cuda")), []
+        agent = agent.cuda()
+        for ratio in torch.linspace(0.05, 0.7, 40).tolist():
+            start = time.perf_counter()
+            levels = captured(ratio)
+            times.append(time.perf_counter() - start)
+            assert torch.equal(levels, agent(torch.tensor([ratio], device="cuda")).cpu())
+        assert sorted(times)[20] < 1e-3

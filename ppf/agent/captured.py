@@ -1,0 +1,43 @@
+"""The agent on a GPU, one answer at a time: some hundred small kernels as one replay of a CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from .actor import Agent
+
+_WARM_UP = 3
+
+
+class CapturedAgent:
+    """Answers of ``agent`` for one ratio at a time, computed on ``device``.
+
+    Launches are the cost: one by one they take milliseconds, recorded half of one (dev/LOG.md). The agent is
+    copied, so that later training changes nothing. Levels are those of :class:`Agent` on the same device.
+    """
+
+    def __init__(self, agent: Agent, device: torch.device):
+        self._agent = copy.deepcopy(agent).to(device).eval()
+        self._ratio = torch.full((1,), 0.3, device=device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            self._record()
+
+    def _record(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self._agent(self._ratio)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._levels = self._agent(self._ratio)
+
+    def __call__(self, ratio: float) -> Tensor:
+        """Levels int64 [1, S] on the CPU of the policy that removes ``ratio``."""
+        self._ratio.fill_(ratio)
+        self._graph.replay()
+        return self._levels.cpu()
