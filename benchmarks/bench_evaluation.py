@@ -157,7 +157,6 @@ def large_rows(rate: float) -> Iterator[dict]:
     generator = torch.Generator().manual_seed(0)
     for name, policies in {
         "uniform, 50 %": [uniform_policy(grid, 0.5)],
-        "dense": [grid.dense()],
         "random, 50 %": grid.decode(random_levels(grid, torch.full((8,), 0.5), generator)),
     }.items():
         took = seconds(lambda p=policies: evaluator.log_perplexities(p)) / len(policies)
