@@ -78,7 +78,7 @@ def evaluation_section(name: str) -> str:
     rows, precision = [row for row in data["rows"] if "ms" in row], [row for row in data["rows"] if "what" in row][0]
     titles = ("model", "policies", "tokens", "ms", "a second", "limit, ms", "share of limit", "one at a time, a second")
     lines = [
-        (row["model"], row["policies"], f"{row['tokens']:,}", f"{row['ms']:.2f}", f"{row['per_second']:,.{0 if row['per_second'] > 10 else 1}f}",
+        (row["model"], row["policies"], f"{row['tokens']:,}", f"{row['ms']:.2f}", f"{row['per_second']:,.1f}",
          f"{row['limit_ms']:.2f}", f"{row['share_of_limit']:.0%}",
          f"{row['one_at_a_time']:.0f}" if "one_at_a_time" in row else "")
         for row in rows
