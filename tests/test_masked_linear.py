@@ -15,6 +15,7 @@ from masked_cases import (
 )
 
 from ppf.errors import InputError
+from ppf.ops import dispatch
 from ppf.ops.grouped import grouped_masked_linear
 from ppf.ops.masked_linear import call, masked_linear
 from ppf.ops.selection import Selection
@@ -124,6 +125,17 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("side", ["out", "in", "both"])
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
+@pytest.mark.parametrize("tokens", [1, 16, 129])
+def test_every_native_form(tokens, kind, side, transposed, monkeypatch):
+    """With all native kernels switched on, those included that the dispatch does not take yet."""
+    monkeypatch.setattr(dispatch, "NATIVE", frozenset({"few", "hidden", "linear"}))
+    test_every_selection_and_side(tokens, kind, side, transposed)
+
+
+@pytest.mark.gpu
 def test_compiles_with_inductor():
     """One graph, no breaks, and the same bits as eager: the kernels see the arguments that eager gives them."""
     x, weight = operands(3, 192, 256, torch.bfloat16, "cuda")
@@ -182,6 +194,12 @@ def test_selection_finds_the_cheaper_kind():
     assert repr(Selection.indices([1, 0], 128)) == "Selection(indices, 2 of 128)"
     groups = Selection.indices([2, 0], 4).groups(3)
     assert groups.rows(torch.device("cpu")).tolist() == [6, 7, 8, 0, 1, 2] and groups.total == 12
+
+
+def test_mask_of_a_selection():
+    cpu = torch.device("cpu")
+    assert Selection.indices([3, 0], 5).mask(cpu).tolist() == [-1, 0, 0, -1, 0]
+    assert Selection.indices([3, 3], 5).mask(cpu) is None and Selection.prefix(2, 5).mask(cpu) is None
 
 
 def grouped_case(side, widths, form, dtype=torch.bfloat16, tokens=70):

@@ -15,6 +15,7 @@ from masked_cases import (
 )
 
 from ppf.errors import InputError
+from ppf.ops import dispatch
 from ppf.ops.grouped import grouped_masked_swiglu
 from ppf.ops.masked_swiglu import masked_swiglu
 from ppf.ops.selection import BLOCKS, Selection
@@ -193,6 +194,16 @@ def test_silu_mul_kernel(dtype):
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run directly here")
 def test_kernels_under_the_interpreter():
     interpreted(__file__)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
+@pytest.mark.parametrize("tokens", [1, 9, 16, 130, 300])
+def test_every_native_form(tokens, kind, transposed, monkeypatch):
+    """With all native kernels switched on, those included that the dispatch does not take yet."""
+    monkeypatch.setattr(dispatch, "NATIVE", frozenset({"few", "hidden", "linear"}))
+    test_every_selection(tokens, kind, transposed)
 
 
 @pytest.mark.gpu

@@ -10,15 +10,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import many_tokens
-from .selection import BLOCKS, INDICES, PREFIX, UNIQUE
+from . import few_tokens, many_tokens
+from .selection import BLOCKS, INDICES, PREFIX, UNIQUE, Selection
 
 # Above this many tokens, copying the kept weights and calling cuBLAS beats the tile kernels.
 COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
 # The same where the contraction runs over listed rows of a transposed weight.
 COMPACT_TOKENS_TRANSPOSED = 256
-# Up to here the native tile kernel for lists of rows beats copying first, on Hopper.
-NATIVE_TOKENS = 4096
+# Forms that take the native kernels of csrc/ where these apply. "hidden": gate and up under a list, 256 tokens up to
+# where copying wins (7B, half of the channels, 512 tokens: 77 us on an H100, the Triton kernel 90 us on an H200).
+# "few": 1 to 16 tokens; "linear": one product under a list. Both are tested on an H100 but have not raced the Triton
+# kernels yet, and stay off until benchmarks/bench_dispatch.py says that they win.
+NATIVE = frozenset({"hidden"})
+NATIVE_TOKENS = 256
 FEW_TILES = 100
 SMALL_TOKENS = 16
 
@@ -37,6 +41,17 @@ def kernels_apply(x: Tensor, *weights: Tensor) -> bool:
     """The kernels are built for 16-bit types and unit last strides; the reference path takes everything else."""
     sixteen_bit = x.dtype in (torch.bfloat16, torch.float16)
     return sixteen_bit and triton_available() and all(w.stride(-1) == 1 for w in weights)
+
+
+def few_tokens_apply(x: Tensor, *weights: Tensor) -> bool:
+    """True if these operands take the native kernels for 1 to 16 tokens."""
+    return "few" in NATIVE and few_tokens.apply(x, *weights)
+
+
+def few_tokens_mask(x: Tensor, selection: Selection, transposed: bool) -> Tensor | None:
+    """What the native kernels read to skip single input columns of a weight as ``nn.Linear`` holds it."""
+    wanted = "few" in NATIVE and x.is_cuda and x.shape[0] <= SMALL_TOKENS and not transposed
+    return selection.mask(x.device) if wanted else None
 
 
 def copy_engine(*tensors: Tensor) -> bool:
@@ -88,8 +103,10 @@ def linear_path(
 
 
 def _native_linear(x: Tensor, weight: Tensor, out_kind: int, in_kind: int, transposed: bool) -> str | None:
-    """Where Hopper's tile kernel is the fastest way: "native" or "native units", else None."""
-    if x.shape[0] > NATIVE_TOKENS or out_kind == in_kind == PREFIX or not many_tokens.apply(x, x.shape[1], weight):
+    """Which form of Hopper's tile kernel the product takes, "native" or "native units"; None for the other ways."""
+    if "linear" not in NATIVE or out_kind == in_kind == PREFIX or x.shape[0] > COMPACT_TOKENS[BLOCKS]:
+        return None
+    if not many_tokens.apply(x, x.shape[1], weight):
         return None
     if transposed:
         return "native units" if out_kind == PREFIX and weight.shape[1] % 8 == 0 else None
@@ -105,8 +122,9 @@ def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> s
         return "rows"
     if kind == PREFIX:
         return "library"
-    if tokens <= NATIVE_TOKENS and many_tokens.apply(x, x.shape[1], gate, up):
-        return "native"
     if tokens > COMPACT_TOKENS[kind]:
         return "library"
+    listed = "hidden" in NATIVE and kind != BLOCKS and tokens >= NATIVE_TOKENS
+    if listed and many_tokens.apply(x, x.shape[1], gate, up):
+        return "native"
     return "blocks" if kind == BLOCKS and copy_engine(x, gate, up) else "tiles"

@@ -61,7 +61,7 @@ def call(x: Tensor, weight: Tensor, out: Selection, into: Selection, transposed:
     return torch.ops.ppf.masked_linear(
         x, weight, out.kind, out.width, out.rows(device), out.block_list(device),
         into.input_kind, into.width, into.rows(device), into.block_list(device), transposed,
-        None if transposed or x.shape[0] > dispatch.SMALL_TOKENS else into.mask(device),
+        dispatch.few_tokens_mask(x, into, transposed),
     )  # fmt: skip
 
 
@@ -122,9 +122,9 @@ def _small(
 
     if path == "columns":
         kept = weight.narrow(1, 0, out_width)
-        native = few_tokens.apply(x, kept) and out_width % 8 == 0
+        native = dispatch.few_tokens_apply(x, kept) and out_width % 8 == 0
         return (few_tokens if native else gemv).columns(x, kept, in_rows)
-    native = few_tokens.apply(x, weight)
+    native = dispatch.few_tokens_apply(x, weight)
     # Scattered columns touch nearly every 32-byte sector of a row: read whole rows against x put back in place.
     if in_kind == UNIQUE and native and in_mask is not None and weight.shape[1] % 8 == 0:
         full = few_tokens.spread(x, in_rows, weight.shape[1])

@@ -46,7 +46,7 @@ def masked_swiglu(
     y = torch.ops.ppf.masked_swiglu(
         tokens, gate, up, down, selection.input_kind, selection.width, selection.rows(device),
         selection.block_list(device), down_transposed,
-        None if down_transposed or tokens.shape[0] > dispatch.SMALL_TOKENS else selection.mask(device),
+        dispatch.few_tokens_mask(tokens, selection, down_transposed),
     )  # fmt: skip
     return y.view(x.shape)
 
@@ -122,7 +122,7 @@ def _masked_swiglu_cuda(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
     blocks: Tensor | None, down_transposed: bool, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    if few_tokens.apply(x, gate, up, down) and 0 not in (x.shape[0], width) and x.shape[1] % 8 == 0:
+    if dispatch.few_tokens_apply(x, gate, up, down) and 0 not in (x.shape[0], width) and x.shape[1] % 8 == 0:
         y = _few_tokens(x, gate, up, down, kind, width, rows, blocks, down_transposed, mask)
         if y is not None:
             return y
