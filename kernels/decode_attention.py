@@ -126,9 +126,12 @@ def workspace(tokens: int, groups: int, group: int, head_dim: int, shares: int, 
     ]
 
 
-def attention_config(shares: int, head_dim: int) -> Config:
-    """Tile of one program: few large steps where the sequence is short, a deeper pipeline where it is long."""
-    if shares <= 2 and head_dim <= 128:
+def attention_config(shares: int, row_bytes: int) -> Config:
+    """Tile of one program for keys of ``row_bytes``: few large steps where the sequence is short, a deeper pipeline
+    where it is long, and half of either where a key is longer than 128 numbers of 16 bits."""
+    if row_bytes > 256:
+        return {"BS": 32, "STAGES": 2, "num_warps": 4}
+    if shares <= 2:
         return {"BS": 128, "STAGES": 2, "num_warps": 4}
     return {"BS": 64, "STAGES": 3, "num_warps": 4}
 
@@ -140,7 +143,7 @@ def attention(
     """See :func:`ppf.ops.decode.attention`. ``space`` as :func:`workspace` makes it, for the same ``shares``."""
     tokens, groups, _, head_dim = k_cache.shape
     group = q.shape[1] // (groups * head_dim)
-    c = dict(config or attention_config(shares, head_dim))
+    c = dict(config or attention_config(shares, head_dim * q.element_size()))
     attention_kernel[shares, groups, tokens](
         q, k_cache, v_cache, start, position, y, *space, q.stride(0), y.stride(0), *k_cache.stride()[:3], scale,
         GROUP=group, D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)),

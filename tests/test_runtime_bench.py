@@ -7,6 +7,7 @@ import torch
 from cli_cases import answer, ppf, refusal
 from factories import TINY, llama, llama_config
 
+from ppf._version import versions
 from ppf.policy import Policy
 from ppf.runtime import benchmark
 from ppf.runtime.benchmark import Ceilings
@@ -24,11 +25,12 @@ def test_a_checkpoint(one_thread, monkeypatch):
     for row in data["rows"]:
         assert row["milliseconds"] > 0 and row["tokens_per_second"] > 0 and row["ratio"] == 0
         assert row["share_of_limit"] == pytest.approx(row["limit_milliseconds"] / row["milliseconds"])
-    assert data["device"].startswith("CPU") and data["versions"]["torch"] == torch.__version__
+    assert data["device"].startswith("CPU") and data["versions"] == versions()
 
 
 def test_a_run_at_several_sizes(tiny_run, tmp_path, one_thread):
     """One elastic model; smaller models have less to read and to multiply. Table and plot are written."""
+    pytest.importorskip("matplotlib")
     plot = tmp_path / "speed.svg"
     arguments = [tiny_run / "run", "--ratios", "0,0.5", "--runners", "ppf", *SHORT, *ON_CPU]
     rows = answer("bench", *arguments)["rows"]
@@ -77,7 +79,7 @@ def test_ceilings_are_of_this_device():
         (["--new-tokens", 1], "new-tokens", 1),
         (["--prefill", 0], "prefill", 0),
         (["--prefill", 100000], "prefill", 100001),
-        (["--plot", "nowhere/at/all.svg"], "plot", "nowhere"),
+        (["--plot", "nowhere/at/all.svg"], "plot", "nowhere"),  # or there is no matplotlib
         (["--plot", "speed.txt"], "plot", "speed.txt"),
     ],
 )

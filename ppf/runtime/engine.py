@@ -23,7 +23,6 @@ class Engine:
     def __init__(self, plan: Plan, groups: tuple[int, ...] | None = None):
         """``groups``: the most kv-groups a plan of this model may have in each layer; by default those of ``plan``."""
         self._storage = Storage(groups or plan.groups, plan.head_dim, plan.dtype, plan.device)
-        self._pool = torch.cuda.graph_pool_handle() if plan.device.type == "cuda" else None
         self._sessions: OrderedDict[tuple[Plan, int, int], Session] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -39,7 +38,7 @@ class Engine:
             self._sessions.clear()
         key = (plan, batch, positions)
         if key not in self._sessions:
-            session = Session(plan, self._storage, batch, positions, self._pool)
+            session = Session(plan, self._storage, batch, positions)
             session.capture()
             self._sessions[key] = session
             while len(self._sessions) > MAX_SESSIONS:

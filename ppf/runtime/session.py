@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +27,8 @@ MAX_PROMPTS = 8
 class Session:
     """Buffers and views for ``batch`` sequences of up to ``positions`` tokens each."""
 
-    def __init__(self, plan: Plan, storage: Storage, batch: int, positions: int, pool: Any = None):
-        """``pool``: memory that graphs may share, since one of them runs at a time."""
-        self.plan, self.batch, self.positions, self.pool = plan, batch, positions, pool
+    def __init__(self, plan: Plan, storage: Storage, batch: int, positions: int):
+        self.plan, self.batch, self.positions = plan, batch, positions
         self.caches = storage.views(plan, batch, positions)
         self.cos, self.sin = storage.rotary(plan, positions)
         device = plan.device
@@ -100,8 +98,11 @@ class Session:
         self.graph = self.record(self.step)
 
     def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A graph of ``work``, whose kernels must be compiled already."""
+        """A graph of ``work``, whose kernels must be compiled already.
+
+        A session's graphs share the memory of their intermediate results: one of them runs at a time.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=None if self.graph is None else self.graph.pool()):
             work()
         return graph
