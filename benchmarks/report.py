@@ -128,24 +128,33 @@ def library_section(name: str) -> str:
 
 
 def small_section(model: str) -> str:
-    """1 and 16 tokens without a graph, and how much of the limit whole rows leave."""
+    """1 and 16 tokens without a graph, and how much of the limit whole rows leave; "" for files that lack them."""
     rows = [row for row in load(f"masked_gemm_{model}_h200.json")["rows"] if "eager_us" in row]
-    titles = (
-        "selection",
-        "keep",
-        "tokens",
-        "µs in a graph",
-        "µs eager",
-        "shrunk",
-        "masked",
-        "reachable share of limit",
-    )
-    return table(titles, [
+    titles = ("selection", "keep", "tokens", "µs in a graph", "µs eager", "shrunk", "masked", "reachable share")
+    lines = [
         (row["selection"], f"{row['keep']:.0%}", f"{row['tokens']}", f"{row['us']:.1f}", f"{row['eager_us']:.1f}",
          f"{row['eager_times_faster_than_shrunk']:.2f} ×", f"{row['eager_times_faster_than_masked']:.2f} ×",
          f"{row.get('whole_rows', 1):.0%}")
         for row in rows
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return table(titles, lines) if lines else ""
+
+
+def experiments_section() -> str:
+    """One MLP at 1 and 16 tokens on an H100, replayed in a graph and launched call by call."""
+    data = load("experiments_h100.json")
+    cells: dict[tuple[str, float, int], dict[str, Row]] = {}
+    for row in data["small_tokens"]:
+        cells.setdefault((row["model"], row["keep"], row["tokens"]), {})[row["what"]] = row
+    names = list(next(iter(cells.values())))
+    lines = [
+        (MODELS[model], f"{keep:.0%}", str(tokens),
+         *(f"{of[name]['graph_us']:.1f} / {of[name]['eager_us']:.1f}" for name in names))
+        for (model, keep, tokens), of in cells.items()
+    ]  # fmt: skip
+    where = f"{data['gpu']}, torch {data['torch']}, {data['date']}; copy {data['copy_TB_per_s']:.2f} TB/s"
+    facts = f"{where}. µs in a graph / µs launched call by call."
+    return f"{facts}\n\n" + table(("shapes", "keep", "tokens", *names), lines)
 
 
 def plot_swiglu(path: Path) -> None:
@@ -195,7 +204,9 @@ def main() -> None:
     sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]
     for model, title in MODELS.items():
         sections += [f"## Masked products at {title} shapes", gemm_section(model)]
-        sections += [f"### {title}: `masked_swiglu` launched from Python, call by call", small_section(model)]
+        if small := small_section(model):
+            sections += [f"### {title}: `masked_swiglu` launched from Python, call by call", small]
+    sections += ["## The MLP in a graph and call by call", experiments_section()]
     for title, section, prefix in (
         ("True evaluations", evaluation_section, "evaluation"),
         ("Libraries", library_section, "library"),
