@@ -137,6 +137,31 @@ def test_rotary_kernel(shape, dtype):
     compare("rotary", [q, k, v, *angles(9), starts(2, 5), *caches], written=(0, 6, 7))
 
 
+def test_schemas_and_fakes():
+    """What each op writes is what its schema says, and its fake gives the shapes that it gives."""
+    x, gain, weight = normal(3, HIDDEN), normal(HIDDEN), normal(CHANNELS, HIDDEN)
+    q, k = normal(6, 3 * D), normal(6, D)
+    caches = [normal(3, 3, 16, D), normal(3, 3, 16, D, seed=1)]
+    position = torch.tensor([9], dtype=torch.int32, device=DEVICE)
+    shares, space = decode.workspace(3, 3, 1, D, 16, x.device)
+    flags = torch.zeros(3, dtype=torch.int8, device=DEVICE)
+    numbers = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    calls = {
+        "qkv": qkv_arguments(3, "gqa", torch.float32),
+        "attention": [normal(3, 3 * D), *caches, starts(3, 9), position, *space, shares, 0.25],
+        "gate_up": [x, gain, weight, normal(CHANNELS, HIDDEN, seed=1), 1e-5],
+        "add_linear": [x, weight, normal(3, CHANNELS)],
+        "head": [x, gain, weight, normal(3, CHANNELS), 1e-5],
+        "multiply_silu": [q, normal(6, 3 * D, seed=1)],
+        "rotary": [q, k, k + 1, *angles(16), starts(2, 1), *(c[:2, :1] for c in caches)],
+        "select": [normal(3, 50), numbers - 1, numbers[0].clone(), flags, numbers[:3].clone(), position.clone()],
+    }
+    assert {f"decode_{name}" for name in calls} == set(decode._OPS)
+    for name, arguments in calls.items():
+        op = getattr(torch.ops.ppf, f"decode_{name}").default
+        torch.library.opcheck(op, tuple(copies(arguments)), test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run directly here")
 def test_kernels_under_the_interpreter():
     interpreted(__file__)
