@@ -45,7 +45,7 @@ def compare(
     with progress_bars() as progress:
         run = _open(path, fit_text, fit_evaluations, output, device, seed, progress)
         data = compare_methods(run, text, output, chosen, shares, tokens, seed, progress)
-    show(as_json, data, _table(data), f"Page: {output / 'comparison.html'}")
+    show(as_json, data, _title(data), _table(data), f"Page: {output / 'comparison.html'}")
 
 
 def _ratios(text: str) -> list[float]:
@@ -73,16 +73,19 @@ def _open(
     return fit(path, text, folder, settings=Settings(evaluations, seed), device=device, progress=progress)
 
 
+def _title(data: dict[str, Any]) -> str:
+    protocol = data["protocol"]
+    return (
+        f"Perplexity on {Path(protocol['text']).name}, {protocol['tokens']:,} tokens in sequences of "
+        f"{protocol['sequence_length']}; evaluations and seconds a ratio"
+    )
+
+
 def _table(data: dict[str, Any]) -> Table:
     from ..comparison.page import table_of
 
     headers, rows = table_of(data)
-    protocol = data["protocol"]
-    title = (
-        f"Perplexity on {Path(protocol['text']).name}, {protocol['tokens']:,} tokens in sequences of "
-        f"{protocol['sequence_length']}; evaluations and seconds a ratio"
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, header in enumerate(headers):
         table.add_column(header, justify="right" if index else "left", no_wrap=True)
     for row in rows:
