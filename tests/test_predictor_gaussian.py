@@ -10,6 +10,7 @@ from ppf.predictor.gaussian import GaussianProcess
 from ppf.predictor.kernel import PolicyKernel
 from ppf.predictor.likelihood import _surprise, maximise_likelihood, noise_variance, noisy
 from ppf.predictor.posterior import Posterior, Waves
+from ppf.predictor.spread import Spread
 from ppf.sampling import random_levels, random_ratios
 from ppf.structure import Structure
 from ppf.training import fit_predictor
@@ -120,11 +121,13 @@ def test_the_posterior_is_the_textbooks(kernel):
 def test_rows_left_out_at_once_are_rows_left_out_one_by_one(kernel):
     levels, values = drawn(40)
     targets, log_noise = standardised(values), torch.tensor(-3.0, dtype=torch.float64)
-    found = Posterior(kernel, log_noise, levels, targets).left_out()
+    found, std = Posterior(kernel, log_noise, levels, targets).left_out()
     for row in range(0, 40, 7):
         others = torch.arange(len(levels)) != row
         mean, variance, _ = Posterior(kernel, log_noise, levels[others], targets[others]).at(levels[[row]])
-        expected = (targets[row] - mean) / (variance + noise_variance(log_noise)).sqrt()
+        expected_std = (variance + noise_variance(log_noise)).sqrt()
+        torch.testing.assert_close(std[[row]], expected_std, rtol=0.02, atol=1e-3)
+        expected = (targets[row] - mean) / expected_std
         torch.testing.assert_close(found[[row]], expected, rtol=0.02, atol=1e-3)
 
 
@@ -158,7 +161,7 @@ def test_few_measurements_make_no_false_certainty():
     unseen, truth = drawn(300, seed=9)
     found = predictor(unseen)
     inside = ((found.mean - truth).abs() <= 1.645 * found.std).float().mean()
-    assert inside > 0.75 and predictor.spread_scale >= 1
+    assert inside > 0.75 and predictor.spread.factors.min() >= 1
 
 
 def test_more_rows_than_it_takes_are_thinned_out(monkeypatch):
@@ -169,3 +172,25 @@ def test_more_rows_than_it_takes_are_thinned_out(monkeypatch):
     kept = {tuple(row) for row in predictor.levels.tolist()}
     assert len(kept) == 50 and kept < {tuple(row) for row in levels.tolist()}
     assert predictor(levels).mean.isfinite().all()
+
+
+def test_spread_widens_where_errors_ask_for_it():
+    """Small deviations are right, large ones a third of the errors: 90 % of each lie within after it."""
+    generator = torch.Generator().manual_seed(0)
+    std = torch.cat((torch.full((500,), 0.01), torch.full((500,), 0.1))).double()
+    std = std * (1 + 0.2 * torch.rand(1000, generator=generator, dtype=torch.float64))
+    errors = torch.randn(1000, generator=generator, dtype=torch.float64)
+    errors[500:] *= 3
+    spread = Spread()
+    spread.fit([(errors, std)])
+    inside = (errors.abs() <= 1.645 * spread(std)).double()
+    assert 0.85 < inside[:500].mean() < 0.95 and 0.85 < inside[500:].mean() < 0.95
+    assert spread(std[:500]).max() < 1.3 and spread(std[500:]).min() > 2.5
+    spread.fit([(errors, std), (2 * errors[:200], std[:200])])  # the harder trial decides
+    assert spread(std[:500]).min() > 1.7
+
+
+def test_spread_takes_no_word_from_a_handful():
+    spread = Spread()
+    spread.fit([(torch.full((20,), 50.0).double(), torch.full((20,), 0.1).double())])
+    assert spread.factors.tolist() == [4.0, 1.0]  # none lies above the middle; at most fourfold

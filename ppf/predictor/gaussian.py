@@ -26,19 +26,17 @@ from .base import Prediction, Predictor
 from .kernel import PolicyKernel
 from .likelihood import maximise_likelihood
 from .posterior import Posterior, Waves
+from .spread import Spread
 
 # One step on the kernel's parameters costs as much as several of a network's, and fewer are needed.
 _STEPS_SHARE = 1 / 8
 # Policies whose covariances with the data are held at once.
 _CHUNK = 16_384
 _START_NOISE = math.log(1e-2)
-# 90 % of a normal distribution lie within so many standard deviations.
-_NINETY = 1.645
-# Numbers of measurements: below the first both halves are predicted from each other, above the second none.
-_FEW, _MANY = 400, 1500
+# Below so many measurements both halves are predicted from each other to see how wide the uncertainty must be.
+_FEW = 400
 # More are thinned out at random: 10,000 take 2 GB and, on two CPU cores, a minute.
 _LARGEST = 10_000
-_WIDEST = 4.0
 
 
 class GaussianProcess(Predictor):
@@ -52,7 +50,7 @@ class GaussianProcess(Predictor):
         self.log_noise = nn.Parameter(torch.tensor(_START_NOISE))
         self.register_buffer("levels", torch.zeros(0, grid.sublayers, dtype=torch.int16))
         self.register_buffer("targets", torch.zeros(0))
-        self.register_buffer("spread_scale", torch.ones(()))
+        self.spread = Spread()
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
         self._posterior: Posterior | None = None
         self.double()
@@ -71,7 +69,7 @@ class GaussianProcess(Predictor):
         maximise_likelihood(self.kernel, self.log_noise, levels, self.targets, seed, steps)
         self.seed.fill_(seed)
         self._posterior = None
-        if fresh or len(levels) >= _MANY:  # few more rows change little, and halves cost another training
+        if fresh:  # a few more rows change little, and it costs another training
             self._calibrate_uncertainty(levels, seed, steps)
 
     @property
@@ -84,22 +82,27 @@ class GaussianProcess(Predictor):
         return self._posterior
 
     def _calibrate_uncertainty(self, levels: Tensor, seed: int, steps: int) -> None:
-        """Widen the uncertainty so that 90 % of rows lie within their 90 % intervals when they are predicted unseen.
+        """Widen the uncertainty where rows that were kept out show it to be too small.
 
-        Many rows are left out one by one, at once and for nothing. Of few rows each half is predicted from the other,
-        parameters included: chosen to suit all rows, they flatter the errors. It never narrows.
+        Of few rows each half is predicted from the other, parameters included: chosen to suit all rows, they flatter
+        the errors. Of more, the last fifth is predicted from those before it, as a search is, and each row from all
+        others.
         """
-        if len(levels) >= _MANY:
-            errors = self.posterior.left_out()
-        else:
-            order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(seed)).to(levels.device)
+        count = len(levels)
+        if count < _FEW:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(levels.device)
             first, second = order.tensor_split(2)
-            pairs = [(first, second)] if len(levels) >= _FEW else [(first, second), (second, first)]
-            errors = torch.cat([self._errors(levels, *pair, seed, steps) for pair in pairs])
-        self.spread_scale.copy_((errors.abs().quantile(0.9) / _NINETY).clamp(1.0, _WIDEST))
+            halves = [self._trial(levels, *pair, seed, steps) for pair in ((first, second), (second, first))]
+            trials = [tuple(torch.cat(part) for part in zip(*halves, strict=True))]
+        else:
+            rows = torch.arange(count, device=levels.device)
+            cut = 4 * count // 5
+            trials = [self._trial(levels, rows[:cut], rows[cut:], seed, steps), self.posterior.left_out()]
+        self.spread.fit(trials)
 
-    def _errors(self, levels: Tensor, seen: Tensor, unseen: Tensor, seed: int, steps: int) -> Tensor:
-        """Standardised errors of predicting rows ``unseen`` from rows ``seen`` with the latters' own parameters."""
+    def _trial(self, levels: Tensor, seen: Tensor, unseen: Tensor, seed: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Standardised errors of predicting rows ``unseen`` from rows ``seen`` with the latters' own parameters, and
+        the standard deviations they are measured in."""
         kernel, log_noise = copy.deepcopy(self.kernel), nn.Parameter(self.log_noise.detach().clone())
         kernel.reset()
         log_noise.data.fill_(_START_NOISE)
@@ -107,7 +110,8 @@ class GaussianProcess(Predictor):
         with torch.no_grad():
             posterior = Posterior(kernel, log_noise, levels[seen], self.targets[seen])
             mean, variance, _ = posterior.at(levels[unseen])
-            return (mean - self.targets[unseen]) / (variance + posterior.noise).sqrt()
+            std = (variance + posterior.noise).sqrt()
+            return (mean - self.targets[unseen]) / std, std
 
     def relaxed(self, probabilities: Tensor) -> Tensor:
         return self._members(*self.posterior.relaxed(probabilities.to(self.offset.dtype)))
@@ -117,15 +121,16 @@ class GaussianProcess(Predictor):
         return torch.cat([self._members(*self.posterior.at(chunk)) for chunk in chunks], dim=1)
 
     def _members(self, mean: Tensor, variance: Tensor, coordinates: Tensor) -> Tensor:
-        away = self.spread_scale * variance.sqrt() * self._waves(coordinates).T
+        std = (variance + self.posterior.noise).sqrt()
+        away = self.spread(std) * variance.sqrt() * self._waves(coordinates).T
         return self.to_nats(torch.cat((mean + away, mean - away))).float()
 
     @torch.no_grad()
     def forward(self, levels: Tensor) -> Prediction:
         parts = [self.posterior.at(chunk)[:2] for chunk in levels.to(self.device).split(_CHUNK)]
         mean, variance = (torch.cat(part) for part in zip(*parts, strict=True))
-        mean, std = self.to_nats(mean), self.spread_scale * (variance + self.posterior.noise).sqrt()
-        return Prediction(mean.float(), (std * self.target_std * (mean - self.offset)).float())
+        mean, std = self.to_nats(mean), (variance + self.posterior.noise).sqrt()
+        return Prediction(mean.float(), (self.spread(std) * std * self.target_std * (mean - self.offset)).float())
 
     def _apply(self, *arguments: Any, **named: Any) -> GaussianProcess:
         self._posterior = None  # it lives on the old device

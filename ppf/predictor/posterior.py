@@ -54,9 +54,11 @@ class Posterior:
         """The same at level probabilities fp64 [P, S, K]."""
         return self._moments(self.kernel.embed(probabilities, self.tables))
 
-    def left_out(self) -> Tensor:
-        """Standardised errors [N] of predicting each row from all others (Rasmussen & Williams, eq. 5.12)."""
-        return self.coefficients / self.precision.sqrt()
+    def left_out(self) -> tuple[Tensor, Tensor]:
+        """Standardised errors [N] of predicting each row from all others, and the standard deviations they are
+        measured in (Rasmussen & Williams, eq. 5.12)."""
+        std = self.precision.rsqrt()
+        return self.coefficients * std, std
 
 
 class Waves:
