@@ -93,12 +93,66 @@ enum class Kind { kPlain, kPair, kMasked };
 
 // Lane l works on rows l / 4 and l / 4 + 8 of the block's 16 (with kPair: a row of gate and the same one of up), and on
 // the elements l % 4 * 8 ... + 8 of a piece.
+__device__ __forceinline__ int position(int k0, int piece) { return k0 + piece * kPiece + threadIdx.x % 4 * 8; }
+
+__device__ __forceinline__ void load_pieces(const GemvRows& p, const char* const (&row)[2], int k0,
+                                            uint4 (&w)[kAhead][2]) {
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int k = position(k0, i);
+    const bool inside = k < p.depth;
+    int64_t column = k;
+    if (p.blocks && inside) column = __ldg(p.blocks + k / 64) * int64_t{64} + k % 64;
+    w[i][0] = load_once(row[0] + column * 2, inside);
+    w[i][1] = load_once(row[1] + column * 2, inside);
+  }
+}
+
+template <class T, int kN, Kind kKind>
+__device__ __forceinline__ void multiply_piece(const GemvRows& p, int k, uint4 (&w)[2], float (&acc)[kN * 4]) {
+  const bool inside = k < p.depth;
+  uint4 ones;
+  if constexpr (kKind == Kind::kMasked) {
+    ones = inside ? __ldg(reinterpret_cast<const uint4*>(p.mask + k)) : make_uint4(0, 0, 0, 0);
+    w[0] = both(w[0], ones), w[1] = both(w[1], ones);
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int token = n * 8 + threadIdx.x % 32 / 4;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (inside && token < p.tokens) {
+      x = *reinterpret_cast<const uint4*>(static_cast<const char*>(p.x) + token * p.x_pitch + k * int64_t{2});
+    }
+    if constexpr (kKind == Kind::kMasked) x = both(x, ones);
+    float(&sums)[4] = *reinterpret_cast<float(*)[4]>(acc + n * 4);
+    multiply<T>(sums, {w[0].x, w[1].x, w[0].y, w[1].y}, x.x, x.y);
+    multiply<T>(sums, {w[0].z, w[1].z, w[0].w, w[1].w}, x.z, x.w);
+  }
+}
+
+template <class T, int kN, bool kPair>
+__device__ __forceinline__ void store_rows(const GemvRows& p, const float (&acc)[kN * 4], int first) {
+  const int lane = threadIdx.x % 32;
+  uint16_t* const y = static_cast<uint16_t*>(p.y);
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int part = 0; part < (kPair ? 2 : 4); ++part) {
+      const int token = n * 8 + lane % 4 * 2 + part % 2, output = first + lane / 4 + part / 2 * 8;
+      if (token >= p.tokens || output >= p.width) continue;
+      float value = acc[n * 4 + part];
+      if (kPair) value = value / (1.0f + __expf(-value)) * acc[n * 4 + part + 2];
+      y[token * p.y_stride + (p.scatter ? __ldg(p.rows + output) : output)] = rounded<T>(value);
+    }
+  }
+}
+
 template <class T, int kN, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kN == 1 ? 4 : 3) rows_kernel(const __grid_constant__ GemvRows p) {
   let_dependents_start();
   __shared__ float scratch[(kWarps - 1) * kN * 4 * 32];
   constexpr bool kPair = kKind == Kind::kPair;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, line = lane / 4;
+  const int line = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
   const int first = blockIdx.x * (kPair ? kTile / 2 : kTile);
   const char* row[2];
 #pragma unroll
@@ -112,54 +166,14 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 4 : 3) rows_kernel(const _
   bool waited = false;
   for (int k0 = warp * kAhead * kPiece; k0 < p.depth; k0 += kWarps * kAhead * kPiece) {
     uint4 w[kAhead][2];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = k0 + i * kPiece + lane % 4 * 8;
-      const bool inside = k < p.depth;
-      int64_t column = k;
-      if (p.blocks && inside) column = __ldg(p.blocks + k / 64) * int64_t{64} + k % 64;
-      w[i][0] = load_once(row[0] + column * 2, inside);
-      w[i][1] = load_once(row[1] + column * 2, inside);
-    }
+    load_pieces(p, row, k0, w);
     if (!waited) wait_for_previous_kernel();
     waited = true;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = k0 + i * kPiece + lane % 4 * 8;
-      const bool inside = k < p.depth;
-      uint4 ones;
-      if constexpr (kKind == Kind::kMasked) {
-        ones = inside ? __ldg(reinterpret_cast<const uint4*>(p.mask + k)) : make_uint4(0, 0, 0, 0);
-        w[i][0] = both(w[i][0], ones), w[i][1] = both(w[i][1], ones);
-      }
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int token = n * 8 + line;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (inside && token < p.tokens) {
-          x = *reinterpret_cast<const uint4*>(static_cast<const char*>(p.x) + token * p.x_pitch + k * int64_t{2});
-        }
-        if constexpr (kKind == Kind::kMasked) x = both(x, ones);
-        float(&sums)[4] = *reinterpret_cast<float(*)[4]>(acc + n * 4);
-        multiply<T>(sums, {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y}, x.x, x.y);
-        multiply<T>(sums, {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w}, x.z, x.w);
-      }
-    }
+    for (int i = 0; i < kAhead; ++i) multiply_piece<T, kN, kKind>(p, position(k0, i), w[i], acc);
   }
   if (!waited) wait_for_previous_kernel();
-  if (!sum_over_warps(acc, scratch)) return;
-  uint16_t* const y = static_cast<uint16_t*>(p.y);
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-#pragma unroll
-    for (int part = 0; part < (kPair ? 2 : 4); ++part) {
-      const int token = n * 8 + lane % 4 * 2 + part % 2, output = first + line + part / 2 * 8;
-      if (token >= p.tokens || output >= p.width) continue;
-      float value = acc[n * 4 + part];
-      if (kPair) value = value / (1.0f + __expf(-value)) * acc[n * 4 + part + 2];
-      y[token * p.y_stride + (p.scatter ? __ldg(p.rows + output) : output)] = rounded<T>(value);
-    }
-  }
+  if (sum_over_warps(acc, scratch)) store_rows<T, kN, kPair>(p, acc, first);
 }
 
 // ------------------------------------------------------------------------------------------------------------- columns
@@ -168,6 +182,60 @@ constexpr int kWide = 64;       // columns of a block
 constexpr int kUnitsAhead = 2;  // steps of 16 units in flight
 
 // A lane takes 8 neighbouring columns of four units a step, and pairs the units' elements for the matrix units.
+__device__ __forceinline__ void load_units(const GemvColumns& p, int column, int unit, int last, uint4 (&w)[4]) {
+  const char* const source = static_cast<const char*>(p.weight) + column * 2;
+  int64_t number[4];
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    number[u] = unit + u >= last || column >= p.columns ? -1 : p.rows ? __ldg(p.rows + unit + u) : unit + u;
+  }
+#pragma unroll
+  for (int u = 0; u < 4; ++u) w[u] = load_once(source + number[u] * p.weight_pitch, number[u] >= 0);
+}
+
+template <class T, int kN>
+__device__ __forceinline__ void multiply_units(const GemvColumns& p, int unit, int last, const uint4 (&w)[4],
+                                               float (&acc)[16 * kN]) {
+  const uint16_t* const x = static_cast<const uint16_t*>(p.x);
+  uint32_t b[kN][2];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int token = n * 8 + threadIdx.x % 32 / 4;
+    uint32_t held[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) held[u] = token < p.tokens && unit + u < last ? x[token * p.x_stride + unit + u] : 0;
+    b[n][0] = held[0] | held[1] << 16, b[n][1] = held[2] | held[3] << 16;
+  }
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    const auto pair = [&](int u, unsigned which) {
+      const uint32_t* low = &w[u].x;
+      const uint32_t* high = &w[u + 1].x;
+      return __byte_perm(low[tile], high[tile], which);
+    };
+    const uint32_t a[4] = {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410), pair(2, 0x7632)};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      multiply<T>(*reinterpret_cast<float(*)[4]>(acc + (tile * kN + n) * 4), a, b[n][0], b[n][1]);
+    }
+  }
+}
+
+template <class T, int kN>
+__device__ __forceinline__ void store_columns(const GemvColumns& p, const float (&acc)[16 * kN], int column) {
+#pragma unroll
+  for (int i = 0; i < 16 * kN; ++i) {
+    const int tile = i / (4 * kN), n = i / 4 % kN, part = i % 4;
+    const int token = n * 8 + threadIdx.x % 4 * 2 + part % 2, to = column + tile * 2 + part / 2;
+    if (token >= p.tokens || to >= p.columns) continue;
+    if (p.partial) {
+      p.partial[(int64_t{blockIdx.y} * p.tokens + token) * p.columns + to] = acc[i];
+    } else {
+      static_cast<uint16_t*>(p.y)[int64_t{token} * p.columns + to] = rounded<T>(acc[i]);
+    }
+  }
+}
+
 template <class T, int kN>
 __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_constant__ GemvColumns p) {
   let_dependents_start();
@@ -176,71 +244,20 @@ __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_const
   const int column = blockIdx.x * kWide + lane / 4 * 8;
   const int first = static_cast<int>(int64_t{p.depth} * blockIdx.y / p.splits);
   const int last = static_cast<int>(int64_t{p.depth} * (blockIdx.y + 1) / p.splits);
-  const char* const source = static_cast<const char*>(p.weight) + column * 2;
-  const uint16_t* const x = static_cast<const uint16_t*>(p.x);
-  float acc[4 * kN * 4] = {};
+  float acc[16 * kN] = {};
   bool waited = false;
   for (int begin = first + warp * kUnitsAhead * 16; begin < last; begin += kWarps * kUnitsAhead * 16) {
+    const int unit = begin + lane % 4 * 4;
     uint4 w[kUnitsAhead][4];
 #pragma unroll
-    for (int i = 0; i < kUnitsAhead; ++i) {
-      int64_t number[4];
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int unit = begin + i * 16 + lane % 4 * 4 + u;
-        number[u] = unit >= last || column >= p.columns ? -1 : p.rows ? __ldg(p.rows + unit) : unit;
-      }
-#pragma unroll
-      for (int u = 0; u < 4; ++u) w[i][u] = load_once(source + number[u] * p.weight_pitch, number[u] >= 0);
-    }
+    for (int i = 0; i < kUnitsAhead; ++i) load_units(p, column, unit + i * 16, last, w[i]);
     if (!waited) wait_for_previous_kernel();
     waited = true;
 #pragma unroll
-    for (int i = 0; i < kUnitsAhead; ++i) {
-      const int unit = begin + i * 16 + lane % 4 * 4;
-      uint32_t b[kN][2];
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int token = n * 8 + lane / 4;
-        uint32_t held[4];
-#pragma unroll
-        for (int u = 0; u < 4; ++u) held[u] = token < p.tokens && unit + u < last ? x[token * p.x_stride + unit + u] : 0;
-        b[n][0] = held[0] | held[1] << 16, b[n][1] = held[2] | held[3] << 16;
-      }
-#pragma unroll
-      for (int tile = 0; tile < 4; ++tile) {
-        const auto pair = [&](int u, unsigned which) {
-          const uint32_t* low = &w[i][u].x;
-          const uint32_t* high = &w[i][u + 1].x;
-          return __byte_perm(low[tile], high[tile], which);
-        };
-        const uint32_t a[4] = {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410), pair(2, 0x7632)};
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          multiply<T>(*reinterpret_cast<float(*)[4]>(acc + (tile * kN + n) * 4), a, b[n][0], b[n][1]);
-        }
-      }
-    }
+    for (int i = 0; i < kUnitsAhead; ++i) multiply_units<T, kN>(p, unit + i * 16, last, w[i], acc);
   }
   if (!waited) wait_for_previous_kernel();
-  if (!sum_over_warps(acc, scratch)) return;
-#pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int token = n * 8 + lane % 4 * 2 + part % 2, to = column + tile * 2 + part / 2;
-        if (token >= p.tokens || to >= p.columns) continue;
-        const float value = acc[(tile * kN + n) * 4 + part];
-        if (p.partial) {
-          p.partial[(int64_t{blockIdx.y} * p.tokens + token) * p.columns + to] = value;
-        } else {
-          static_cast<uint16_t*>(p.y)[int64_t{token} * p.columns + to] = rounded<T>(value);
-        }
-      }
-    }
-  }
+  if (sum_over_warps(acc, scratch)) store_columns<T, kN>(p, acc, column);
 }
 
 // y[i] = sum over s of partial[s, i], in the order of s: the same input gives the same bits.

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "hopper.cuh"
 #include "device.cuh"
@@ -113,65 +114,113 @@ struct Place {
   }
 };
 
+// Eight producer threads fetch a row of 128 bytes, and a thread's rows lie 16 apart: they share its swizzle.
+__device__ __forceinline__ int producer_row() { return threadIdx.x % kGroupThreads / 8; }
+__device__ __forceinline__ int producer_piece() { return threadIdx.x % 8; }
+__device__ __forceinline__ uint32_t swizzled_place(int i) {
+  const int row = producer_row();
+  return row * kRowBytes + ((producer_piece() ^ (row & 7)) << 4) + i * 16 * kRowBytes;
+}
+
+// The tile's rows of x.
+class TokenRows {
+ public:
+  __device__ __forceinline__ TokenRows(const TileJob& p, int token) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i) {
+      const int64_t row = min(token + producer_row() + 16 * i, p.tokens - 1);
+      at_[i] = static_cast<const char*>(p.x) + row * p.x_pitch + producer_piece() * 16;
+    }
+  }
+
+  __device__ __forceinline__ void copy(uint32_t target, int k, bool inside) const {
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i) {
+      copy_piece(target + swizzled_place(i), inside ? at_[i] + k * int64_t{2} : at_[i], inside);
+    }
+  }
+
+ private:
+  const char* at_[kTokens / 16];
+};
+
+// The tile's listed weight rows; with a pair, gate's before up's.
+template <int kWide, Rows kKind>
+class OutputRows {
+ public:
+  __device__ __forceinline__ OutputRows(const TileJob& p, int first) : first_weight_(p.weight), second_weight_(p.pair) {
+#pragma unroll
+    for (int i = 0; i < kWide / 16; ++i) {
+      const int line = producer_row() + 16 * i;
+      const int output = min(first + (second(i) ? line - kOutputs : line), p.width - 1);
+      const int number = p.rows ? __ldg(p.rows + output) : output;
+      place_[i] = static_cast<uint32_t>(number * ((second(i) ? p.pair_pitch : p.weight_pitch) / 16)) + producer_piece();
+    }
+  }
+
+  __device__ __forceinline__ void copy(uint32_t target, int64_t column, bool inside) const {
+#pragma unroll
+    for (int i = 0; i < kWide / 16; ++i) {
+      const void* weight = second(i) ? second_weight_ : first_weight_;
+      const char* source = static_cast<const char*>(weight) + uint64_t{place_[i]} * 16;
+      copy_piece(target + swizzled_place(i), inside ? source + column : source, inside);
+    }
+  }
+
+ private:
+  static constexpr int kOutputs = outputs_of(kWide, kKind);
+
+  __device__ __forceinline__ static bool second(int i) {
+    return kKind == Rows::kPair && producer_row() + 16 * i >= kOutputs;
+  }
+
+  const void* first_weight_;
+  const void* second_weight_;
+  uint32_t place_[kWide / 16];  // in 16 bytes
+};
+
+// Over units there are none.
+struct NoRows {
+  __device__ NoRows(const TileJob&, int) {}
+};
+
+// kWide columns of 64 listed units: kWide / 64 parts of 128 bytes, 64 units of each.
+template <int kWide>
+__device__ __forceinline__ void copy_units(const TileJob& p, const Lookup& units, uint32_t target, int first, int k) {
+  constexpr int kAcross = kWide / 8, kAtOnce = kGroupThreads / kAcross;
+  const int thread = threadIdx.x % kGroupThreads, across = thread % kAcross;
+  const bool there = first + across * 8 < p.width;
+  const char* source = static_cast<const char*>(p.weight) + (there ? (first + across * 8) * 2 : 0);
+#pragma unroll
+  for (int i = 0; i < kWide / 16; ++i) {
+    const int unit = thread / kAcross + kAtOnce * i;
+    const uint32_t to = across / 8 * (kStep * kRowBytes) + unit * kRowBytes + ((across % 8 ^ (unit & 7)) << 4);
+    copy_piece(target + to, source + units[k + unit] * p.weight_pitch, there && k + unit < p.depth);
+  }
+}
+
 template <int kWide, Rows kKind>
 __device__ void produce(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCount>& sync, int tiles) {
   using Ring = Stage<kWide>;
-  constexpr int kOutputs = outputs_of(kWide, kKind);
-  constexpr int kSlots = kWide / 16;  // weight pieces of a thread and stage
-  const int thread = threadIdx.x % kGroupThreads;
-  const int row = thread / 8, piece = thread % 8;
-  // Rows 16 apart keep the swizzle of the first, so a thread's pieces lie 16 rows apart.
-  const uint32_t swizzled = row * kRowBytes + ((piece ^ (row & 7)) << 4);
-  // Over units a row is kWide columns: kWide / 64 parts of 128 bytes, 64 units of each.
-  constexpr int kAcross = kWide / 8, kRowsAtOnce = kGroupThreads / kAcross;
-  const int across = thread % kAcross, unit0 = thread / kAcross;
+  constexpr bool kUnits = kKind == Rows::kUnits;
   int stage = 0, lap = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const Place at(p, tile, kOutputs);
-    const char* x[kTokens / 16];
-#pragma unroll
-    for (int i = 0; i < kTokens / 16; ++i) {
-      x[i] = static_cast<const char*>(p.x) + min(at.token + row + 16 * i, p.tokens - 1) * p.x_pitch + piece * 16;
-    }
-    uint32_t place[kKind == Rows::kUnits ? 1 : kSlots];  // of weight rows, in 16 bytes
-    if constexpr (kKind != Rows::kUnits) {
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        const int line = row + 16 * i;
-        const bool second = kKind == Rows::kPair && line >= kOutputs;
-        const int output = min(at.output + (second ? line - kOutputs : line), p.width - 1);
-        const int number = p.rows ? __ldg(p.rows + output) : output;
-        place[i] = static_cast<uint32_t>(number * ((second ? p.pair_pitch : p.weight_pitch) / 16)) + piece;
-      }
-    }
-    Lookup units(p.rows, p.depth, sync.entries), blocks(p.blocks, p.depth / kStep, sync.entries);
-    kKind == Rows::kUnits ? units.start() : blocks.start();
+    const Place at(p, tile, outputs_of(kWide, kKind));
+    const TokenRows tokens(p, at.token);
+    const std::conditional_t<kUnits, NoRows, OutputRows<kWide, kKind>> outputs(p, at.output);
+    Lookup list(kUnits ? p.rows : p.blocks, kUnits ? p.depth : p.depth / kStep, sync.entries);
+    list.start();
     for (int k = 0; k < p.depth; k += kStep) {
       const uint32_t target = ring + stage * Ring::kBytes;
-      kKind == Rows::kUnits ? units.reach(k) : blocks.reach(k / kStep);
+      list.reach(kUnits ? k : k / kStep);
       if (lap > 0) barrier_wait(&sync.empty[stage], (lap - 1) & 1);
-      const bool inside = k + piece * 8 < p.depth;
-#pragma unroll
-      for (int i = 0; i < kTokens / 16; ++i) {
-        copy_piece(target + swizzled + i * 16 * kRowBytes, inside ? x[i] + k * int64_t{2} : x[i], inside);
-      }
-      if constexpr (kKind == Rows::kUnits) {
-        const bool there = at.output + across * 8 < p.width;
-        const char* source = static_cast<const char*>(p.weight) + (there ? (at.output + across * 8) * 2 : 0);
-#pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          const int unit = unit0 + kRowsAtOnce * i;
-          const uint32_t to = across / 8 * (kStep * kRowBytes) + unit * kRowBytes + ((across % 8 ^ (unit & 7)) << 4);
-          copy_piece(target + kXBytes + to, source + units[k + unit] * p.weight_pitch, there && k + unit < p.depth);
-        }
+      const bool inside = k + producer_piece() * 8 < p.depth;
+      tokens.copy(target, k, inside);
+      if constexpr (kUnits) {
+        copy_units<kWide>(p, list, target + kXBytes, at.output, k);
       } else {
-        const int64_t column = p.blocks ? blocks[k / kStep] * int64_t{kRowBytes} : k * int64_t{2};
-#pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          const bool second = kKind == Rows::kPair && row + 16 * i >= kOutputs;
-          const char* source = static_cast<const char*>(second ? p.pair : p.weight) + uint64_t{place[i]} * 16;
-          copy_piece(target + kXBytes + swizzled + i * 16 * kRowBytes, inside ? source + column : source, inside);
-        }
+        const int64_t column = p.blocks ? list[k / kStep] * int64_t{kRowBytes} : k * int64_t{2};
+        outputs.copy(target + kXBytes, column, inside);
       }
       arrive_with_copies(&sync.full[stage]);
       if (++stage == Ring::kCount) stage = 0, ++lap;
