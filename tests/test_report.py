@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import answer, ppf
 from factories import synthetic_log_perplexity
 
 from ppf.errors import InputError
@@ -169,6 +170,13 @@ def test_the_page_stands_alone(card):
     assert not re.search(r'(?:src|href)="(?!#|data:)', html) and "@import" not in html
     for words in ("Random policies", "Learning curve", "ridge", "What each layer can lose"):
         assert words in html
+
+
+def test_the_command_prints_one_object(card, tmp_path):
+    data = answer("report", card["run"], "--held-out", 20, "--output", tmp_path / "out", "--device", "cpu")
+    assert data["scores"] == card["first"]["scores"] and (tmp_path / "out" / "report.html").exists()
+    shown = ppf("report", card["run"], "--held-out", 20, "--output", tmp_path / "out", "--device", "cpu").stdout
+    assert "random policies, gp" in shown and "Spearman" in shown and "report.html" in shown
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def has_xgboost() -> bool:
 
 
 def xgboost(train: Tensor, values: Tensor, levels: Tensor, scale: Predictor, seed: int) -> Tensor:
-    """Gradient-boosted trees on levels, fp64 [P]; settings that did well on ref-14m (dev/LOG.md)."""
+    """Gradient-boosted trees on levels, fp64 [P]: more of them, each learning less, than the library's default."""
     import xgboost as library
 
     settings = {"eta": 0.03, "max_depth": 4, "subsample": 0.7, "colsample_bytree": 0.5, "seed": seed, "nthread": 2}
