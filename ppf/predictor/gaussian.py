@@ -30,8 +30,8 @@ from .spread import Spread
 
 # One step on the kernel's parameters costs as much as several of a network's, and fewer are needed.
 _STEPS_SHARE = 1 / 8
-# Policies whose covariances with the data are held at once.
-_CHUNK = 16_384
+# Covariances of policies with the data that are held at once, fp64 and about five times: what a cache or a GPU holds.
+_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 _START_NOISE = math.log(1e-2)
 # Below so many measurements both halves are predicted from each other to see how wide the uncertainty must be.
 _FEW = 400
@@ -117,8 +117,10 @@ class GaussianProcess(Predictor):
         return self._members(*self.posterior.relaxed(probabilities.to(self.offset.dtype)))
 
     def members_at(self, levels: Tensor) -> Tensor:
-        chunks = levels.to(self.device).split(_CHUNK)
-        return torch.cat([self._members(*self.posterior.at(chunk)) for chunk in chunks], dim=1)
+        return torch.cat([self._members(*self.posterior.at(chunk)) for chunk in self._chunks(levels)], dim=1)
+
+    def _chunks(self, levels: Tensor) -> tuple[Tensor, ...]:
+        return levels.to(self.device).split(max(64, _ELEMENTS[self.device.type] // max(1, len(self.targets))))
 
     def _members(self, mean: Tensor, variance: Tensor, coordinates: Tensor) -> Tensor:
         std = (variance + self.posterior.noise).sqrt()
@@ -127,7 +129,7 @@ class GaussianProcess(Predictor):
 
     @torch.no_grad()
     def forward(self, levels: Tensor) -> Prediction:
-        parts = [self.posterior.at(chunk)[:2] for chunk in levels.to(self.device).split(_CHUNK)]
+        parts = [self.posterior.at(chunk)[:2] for chunk in self._chunks(levels)]
         mean, variance = (torch.cat(part) for part in zip(*parts, strict=True))
         mean, std = self.to_nats(mean), (variance + self.posterior.noise).sqrt()
         return Prediction(mean.float(), (self.spread(std) * std * self.target_std * (mean - self.offset)).float())
