@@ -27,7 +27,7 @@ from ppf.evaluation import Evaluator
 quick_learning(pytest.MonkeyPatch())
 measure = Evaluator.log_perplexities
 Evaluator.chunk = 1
-Evaluator.log_perplexities = lambda self, policies, tokens=None: (time.sleep(0.1), measure(self, policies, tokens))[1]
+Evaluator.log_perplexities = lambda self, policies, tokens=None: (time.sleep(0.25), measure(self, policies, tokens))[1]
 main()
 """
 
