@@ -20,11 +20,12 @@ TESTS = Path(__file__).parent
 
 # The real command in a real process, with short training, and a pause before each evaluation: time to be interrupted.
 _SLOW_PPF = """
-import time, pytest
+import signal, time, pytest
 from factories import quick_learning
 from ppf.cli import main
 from ppf.evaluation import Evaluator
 quick_learning(pytest.MonkeyPatch())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
 measure = Evaluator.log_perplexities
 Evaluator.chunk = 1
 Evaluator.log_perplexities = lambda self, policies, tokens=None: (time.sleep(0.25), measure(self, policies, tokens))[1]
