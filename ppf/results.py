@@ -58,9 +58,10 @@ def choose(
         return Choice(answer.policy, "agent", ratio)
     if search < 1:
         raise InputError("search", search, "finds nothing without evaluations", "Use a whole number, at least 1")
-    # The search refits its predictor; the run keeps the one whose prediction is reported.
-    predictor = copy.deepcopy(run.predictor)
-    searcher = Search(run.evaluator(), experience or run.experience, predictor, run.agent, ratio, run.settings.seed)
+    # The search refits its predictor, and breeds where it evaluates; the run keeps the predictor whose prediction is
+    # reported, on the CPU, where one answer is fastest.
+    predictor, agent = (copy.deepcopy(module).to(run.device) for module in (run.predictor, run.agent))
+    searcher = Search(run.evaluator(), experience or run.experience, predictor, agent, ratio, run.settings.seed)
     policy, _ = searcher.run(search, progress)
     return Choice(policy, "search", ratio, search)
 

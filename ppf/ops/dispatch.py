@@ -18,10 +18,10 @@ COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
 # The same where the contraction runs over listed rows of a transposed weight.
 COMPACT_TOKENS_TRANSPOSED = 256
 # Forms that take the native kernels of csrc/ where these apply. "hidden": gate and up under a list, 256 tokens up to
-# where copying wins (7B, half of the channels, 512 tokens: 77 us on an H100, the Triton kernel 90 us on an H200).
-# "few": 1 to 16 tokens; "linear": one product under a list. Both are tested on an H100 but have not raced the Triton
-# kernels yet, and stay off until benchmarks/bench_dispatch.py says that they win.
-NATIVE = frozenset({"hidden"})
+# where copying wins; "few": 1 to 16 tokens; "linear": one product under a list. None of them has raced the Triton
+# kernels on one card yet: they stay off until benchmarks/bench_dispatch.py says that they win. ("hidden" promises most:
+# 7B, half of the channels, 512 tokens took 77 us on an H100, the Triton kernel about 90 us on an H200.)
+NATIVE: frozenset[str] = frozenset()
 NATIVE_TOKENS = 256
 FEW_TILES = 100
 SMALL_TOKENS = 16
