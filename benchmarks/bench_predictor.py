@@ -3,8 +3,9 @@
     python benchmarks/bench_predictor.py --device cuda --output benchmarks/results/predictor_h200.json
 
 Geometry of ref-14m (32 sub-layers, 12 FFN levels), a made-up log-perplexity. Medians of wall time, the device waited
-for, levels already on it. The Gaussian process's limit in a batch: n² fp32 operations a policy (the triangle of L⁻¹
-times its covariances) at the rate of a plain fp32 matrix product measured in the same run.
+for, levels already on it; on a GPU one policy also as a recorded call (CapturedPredictor). The Gaussian process's limit
+in a batch: n² fp32 operations a policy (the triangle of L⁻¹ times its covariances) at the rate of a plain fp32 matrix
+product measured in the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ppf.grid import Grid
-from ppf.predictor import KINDS, make_predictor
+from ppf.predictor import KINDS, CapturedPredictor, make_predictor
 from ppf.sampling import random_levels, random_ratios
 from ppf.structure import Structure
 from ppf.training import fit_predictor
@@ -84,12 +85,16 @@ def measure(kind: str, count: int, device: str, rate: float) -> dict[str, Any]:
     # Drawing policies takes longer than predicting them, and repeated ones take as long as new ones.
     batch = sample(DRAWN, seed=1).to(device).repeat(BATCH[device] // DRAWN, 1)
     one = seconds(lambda: predictor(batch[:1]), device, 50)
+    captured = CapturedPredictor(predictor) if device == "cuda" else None
+    recorded = seconds(lambda: captured(batch[:1]), device, 50) if captured else None
     many = len(batch) / seconds(lambda: predictor(batch), device, 5)
     started = time.perf_counter()
     fit_predictor(predictor, levels, damage(levels), seed=0, steps=150, fresh=False)
     wait(device)
     row = {"kind": kind, "measurements": count, "fit_s": fitted, "refit_s": time.perf_counter() - started}
     row |= {"one_ms": 1000 * one, "batch": len(batch), "per_second": many}
+    if recorded:
+        row["one_recorded_ms"] = 1000 * recorded
     if kind == "gp":
         row["share_of_limit"] = many * count**2 / rate
     return row

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from ppf.errors import InputError
 from ppf.grid import Grid
-from ppf.predictor import KINDS, Predictor, make_predictor, one_hot
+from ppf.predictor import KINDS, CapturedPredictor, Predictor, make_predictor, one_hot
 from ppf.sampling import random_levels, random_ratios
 from ppf.structure import Structure
 from ppf.training import fit_predictor
@@ -117,3 +117,18 @@ def test_cuda_predicts_what_the_cpu_does(fitted):
     found, expected = copy_of(predictor).cuda()(levels), predictor(levels)
     torch.testing.assert_close(found.mean.cpu(), expected.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.std.cpu(), expected.std, rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_captured_predictor_says_the_same(fitted):
+    predictor, levels = copy_of(fitted[0]).cuda(), fitted[1][:40].cuda()
+    captured = CapturedPredictor(predictor)
+    for row in levels.split(1):
+        found, expected = captured(row), predictor(row)
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.std, expected.std, rtol=1e-3, atol=1e-6)
+
+
+def test_only_a_predictor_on_a_gpu_is_captured(fitted):
+    with pytest.raises(InputError, match="predictor = cpu"):
+        CapturedPredictor(fitted[0])

@@ -174,23 +174,55 @@ def test_more_rows_than_it_takes_are_thinned_out(monkeypatch):
     assert predictor(levels).mean.isfinite().all()
 
 
+def test_the_uncertainty_of_a_near_policy_is_not_lost_in_rounding(kernel):
+    """Next to the data the variance is a small difference of large numbers: fp64 throughout is the reference."""
+    levels, targets = drawn(600, seed=3)
+    near = levels[:100].clone()
+    near[:, LAYERS + 1] = (near[:, LAYERS + 1] - 1).clamp_min(0)
+    near = near[~(near[:, None] == levels).all(-1).any(1)]
+    kernel.rough_amplitude.fill_(-12.0)  # a smooth function, certain near its data
+    posterior = Posterior(kernel, torch.tensor(-9.0).double(), levels, standardised(targets))
+    points = kernel.at(near)
+    covariance = kernel(points, posterior.data)
+    explained = (covariance * torch.linalg.solve(posterior.covariance, covariance.T).T).sum(1)
+    expected = kernel.variance(points) - explained
+    assert len(near) > 20 and expected.median() < 1e-2 * kernel.variance(points).median()
+    torch.testing.assert_close(posterior.at(near)[1], expected, rtol=1e-4, atol=0)
+    cancelled = kernel.variance(points) - posterior._explained(covariance.float())
+    assert ((cancelled / expected - 1).abs() > 1e-3).any()  # the textbook's form in fp32
+
+
+def trial(stds: tuple[float, ...], widths: tuple[float, ...], seed: int = 0):
+    """400 errors at each standard deviation, ``width`` times as large as that says."""
+    generator = torch.Generator().manual_seed(seed)
+    std = torch.cat([torch.full((400,), value) for value in stds]).double()
+    std = std * (1 + 0.05 * torch.rand(len(std), generator=generator, dtype=torch.float64))
+    errors = torch.randn(len(std), generator=generator, dtype=torch.float64)
+    return errors * torch.tensor(widths).repeat_interleave(400), std
+
+
 def test_spread_widens_where_errors_ask_for_it():
     """Small deviations are right, large ones a third of the errors: 90 % of each lie within after it."""
-    generator = torch.Generator().manual_seed(0)
-    std = torch.cat((torch.full((500,), 0.01), torch.full((500,), 0.1))).double()
-    std = std * (1 + 0.2 * torch.rand(1000, generator=generator, dtype=torch.float64))
-    errors = torch.randn(1000, generator=generator, dtype=torch.float64)
-    errors[500:] *= 3
+    errors, std = trial((0.01, 0.03, 0.1), (1.0, 2.0, 3.0))
     spread = Spread()
-    spread.fit([(errors, std)])
-    inside = (errors.abs() <= 1.645 * spread(std)).double()
-    assert 0.85 < inside[:500].mean() < 0.95 and 0.85 < inside[500:].mean() < 0.95
-    assert spread(std[:500]).max() < 1.3 and spread(std[500:]).min() > 2.5
-    spread.fit([(errors, std), (2 * errors[:200], std[:200])])  # the harder trial decides
-    assert spread(std[:500]).min() > 1.7
+    spread.fit((errors, std), (errors, std))
+    inside = (errors.abs() <= 1.645 * spread(std)).double().view(3, 400).mean(1)
+    assert ((inside > 0.85) & (inside < 0.95)).all()
+    assert spread(std[:400]).max() < 1.3 and spread(std[800:]).min() > 2.5
+
+
+def test_spread_listens_to_later_rows_except_about_the_most_uncertain():
+    left_out = trial((0.01, 0.03, 0.1), (1.0, 1.0, 1.0))
+    spread = Spread()
+    spread.fit(trial((0.01, 0.03, 0.1), (2.0, 2.0, 2.0), seed=1), left_out)
+    assert spread.factors[0] > 1.7 and spread.factors[1] > 1.7 and spread.factors[2] < 1.2
 
 
 def test_spread_takes_no_word_from_a_handful():
+    few = (torch.full((14,), 50.0).double(), torch.full((14,), 0.1).double())
+    many = (torch.full((20,), 50.0).double(), torch.full((20,), 0.1).double())
     spread = Spread()
-    spread.fit([(torch.full((20,), 50.0).double(), torch.full((20,), 0.1).double())])
-    assert spread.factors.tolist() == [4.0, 1.0]  # none lies above the middle; at most fourfold
+    spread.fit(few, few)
+    assert spread.factors.tolist() == [1.0, 1.0, 1.0]
+    spread.fit(many, many)
+    assert sorted(spread.factors.tolist()) == [1.0, 1.0, 4.0]  # all near one anchor; at most fourfold

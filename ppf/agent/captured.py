@@ -7,9 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
+from ..capture import record, warm_up
 from .actor import Agent
-
-_WARM_UP = 3
 
 
 class CapturedAgent:
@@ -20,21 +19,11 @@ class CapturedAgent:
     """
 
     def __init__(self, agent: Agent, device: torch.device):
-        self._agent = copy.deepcopy(agent).to(device).eval()
+        agent = copy.deepcopy(agent).to(device).eval()
         self._ratio = torch.full((1,), 0.3, device=device)
-        self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            self._record()
-
-    def _record(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._agent(self._ratio)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._levels = self._agent(self._ratio)
+            warm_up(lambda: agent(self._ratio), device)
+            self._graph, self._levels = record(lambda: agent(self._ratio))
 
     def __call__(self, ratio: float) -> Tensor:
         """Levels int64 [1, S] on the CPU of the policy that removes ``ratio``."""

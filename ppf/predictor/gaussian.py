@@ -85,20 +85,19 @@ class GaussianProcess(Predictor):
         """Widen the uncertainty where rows that were kept out show it to be too small.
 
         Of few rows each half is predicted from the other, parameters included: chosen to suit all rows, they flatter
-        the errors. Of more, the last fifth is predicted from those before it, as a search is, and each row from all
-        others.
+        the errors. Of more, the later ones are predicted from the first two fifths, as a search goes, and each row from
+        all others.
         """
         count = len(levels)
         if count < _FEW:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(levels.device)
             first, second = order.tensor_split(2)
             halves = [self._trial(levels, *pair, seed, steps) for pair in ((first, second), (second, first))]
-            trials = [tuple(torch.cat(part) for part in zip(*halves, strict=True))]
+            later = left_out = tuple(torch.cat(part) for part in zip(*halves, strict=True))
         else:
-            rows = torch.arange(count, device=levels.device)
-            cut = 4 * count // 5
-            trials = [self._trial(levels, rows[:cut], rows[cut:], seed, steps), self.posterior.left_out()]
-        self.spread.fit(trials)
+            seen, unseen = torch.arange(count, device=levels.device).tensor_split([2 * count // 5])
+            later, left_out = self._trial(levels, seen, unseen, seed, steps), self.posterior.left_out()
+        self.spread.fit(later, left_out)
 
     def _trial(self, levels: Tensor, seen: Tensor, unseen: Tensor, seed: int, steps: int) -> tuple[Tensor, Tensor]:
         """Standardised errors of predicting rows ``unseen`` from rows ``seen`` with the latters' own parameters, and

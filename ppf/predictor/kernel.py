@@ -121,11 +121,13 @@ class PolicyKernel(nn.Module):
 
     def forward(self, left: Embedded, right: Embedded) -> Tensor:
         """Covariances [P, Q]."""
-        near = math.sqrt(3) * _distance(left.matern, right.matern, left.matern_square, right.matern_square)
-        smooth = self.amplitude.exp() * (1 + near) * torch.exp(-near)
+        # Elementwise passes over [P, Q] are what takes the time: amplitudes go into the exponents.
+        near = _distance(left.matern, right.matern, left.matern_square, right.matern_square, 3.0)
+        smooth = (self.amplitude - near).exp()
         far = _distance(left.rough, right.rough, left.rough_square, right.rough_square)
-        rough = self.rough_amplitude.exp() * torch.exp(-far)
-        return 1 + left.linear @ right.linear.T + smooth + rough
+        rough = (self.rough_amplitude - far).exp()
+        linear = torch.addmm(rough, F.pad(left.linear, (0, 1), value=1.0), F.pad(right.linear, (0, 1), value=1.0).T)
+        return linear + torch.addcmul(smooth, near, smooth)
 
     def variance(self, embedded: Embedded) -> Tensor:
         """Prior variances [P]."""
@@ -155,8 +157,10 @@ def _start_gaps(grid: Grid, energies: Tensor | None) -> Tensor:
     return torch.log(torch.expm1(gaps.clamp_min(_SMALLEST_GAP)))
 
 
-def _distance(left: Tensor, right: Tensor, left_square: Tensor, right_square: Tensor) -> Tensor:
-    """Euclidean distances [P, Q] of coordinates [P, D] and [Q, D] with their squared lengths."""
-    square = torch.addmm(left_square[:, None] + right_square, left, right.T, alpha=-2)
+def _distance(left: Tensor, right: Tensor, left_square: Tensor, right_square: Tensor, scale: float = 1.0) -> Tensor:
+    """√scale times the distances [P, Q] of coordinates [P, D] and [Q, D] with squared lengths [P] and [Q]."""
+    one = torch.ones_like(left_square)[:, None], torch.ones_like(right_square)[:, None]
+    row = torch.cat((-2 * scale * left, scale * left_square[:, None], one[0]), 1)
+    column = torch.cat((right, one[1], scale * right_square[:, None]), 1)
     # The floor keeps the square root's gradient finite where two policies coincide.
-    return square.clamp_min(1e-16).sqrt()
+    return (row @ column.T).clamp_min(1e-16).sqrt()

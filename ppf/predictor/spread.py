@@ -1,8 +1,9 @@
 """How much wider than a model says its errors are, for policies that it thinks certain and for those it does not.
 
-A posterior whose parameters suit its own data is too sure of itself, and not everywhere alike: visited policies stand
-close together and hide it, policies between what was visited show it. So predictions of rows that were kept out are
-compared with their standard deviations, apart for small and for large ones.
+A posterior whose parameters suit its own data is too sure of itself, and not everywhere alike. Far from everything
+measured, as random policies are, a row left out of the data shows by how much. Close to what a search visited it does
+not: there every row has neighbours, and what is asked for next lies between and beyond them. So there the later rows
+are predicted from the earlier ones, as the search that found them had to.
 """
 
 from __future__ import annotations
@@ -15,38 +16,42 @@ NINETY = 1.645
 _WIDEST = 4.0
 _SMALLEST_BIN = 15
 
+Trial = tuple[Tensor, Tensor]
+"""Errors fp64 [N] in standard deviations, and those standard deviations [N]."""
+
 
 class Spread(nn.Module):
-    """Factors [2] for the standard deviations ``anchors`` [2]; between them the logarithms are interpolated."""
+    """Factors [3] for the standard deviations ``anchors`` [3]; between them the logarithms are interpolated."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("anchors", torch.tensor([0.01, 0.1], dtype=torch.float64))
-        self.register_buffer("factors", torch.ones(2, dtype=torch.float64))
+        self.register_buffer("anchors", torch.tensor([0.001, 0.01, 0.1], dtype=torch.float64))
+        self.register_buffer("factors", torch.ones(3, dtype=torch.float64))
 
     def forward(self, std: Tensor) -> Tensor:
         """Factors [P] for standard deviations [P]."""
-        low, high = self.anchors.log()
-        place = ((std.log() - low) / (high - low)).clamp(0, 1)
-        return torch.lerp(self.factors[0].log(), self.factors[1].log(), place).exp()
+        anchors, factors = self.anchors.log(), self.factors.log()
+        place = (std.log()[..., None] - anchors[:-1]) / anchors.diff()
+        return (factors[0] + (place.clamp(0, 1) * factors.diff()).sum(-1)).exp()
 
-    def fit(self, trials: list[tuple[Tensor, Tensor]]) -> None:
-        """Choose the factors so that 90 % of the errors lie in the 90 % intervals, in the hardest of the ``trials``.
+    def fit(self, later: Trial, left_out: Trial) -> None:
+        """Choose the factors, at least 1, so that 90 % of the errors lie in the 90 % intervals.
 
-        A trial is errors [N] in standard deviations, and those standard deviations [N]. Factors are at least 1.
+        ``left_out`` has each row predicted from all others, ``later`` the later rows from the earlier ones; the harder
+        of the two counts, but among the largest standard deviations only ``left_out``: what is most uncertain among
+        the later rows is so because little was known then.
         """
-        everyone = torch.cat([std for _, std in trials])
-        middle = everyone.median()
-        self.anchors.copy_(everyone.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64, device=everyone.device)))
-        # Equal standard deviations have no two anchors.
-        self.anchors[1] = torch.maximum(self.anchors[1], 1.01 * self.anchors[0])
-        for index, part in enumerate((lambda std: std <= middle, lambda std: std > middle)):
-            needed = [self._needed(errors[part(std)]) for errors, std in trials]
-            self.factors[index] = max(1.0, *needed)
+        low, high = left_out[1].quantile(torch.tensor([0.25, 0.9], dtype=torch.float64, device=self.anchors.device))
+        high = torch.maximum(high, 1.1 * low)  # equal standard deviations have no two anchors
+        self.anchors.copy_(torch.stack((low, (low * high).sqrt(), high)))
+        for index in range(3):
+            trials = (left_out, later) if index < 2 else (left_out,)
+            self.factors[index] = max(1.0, *(self._needed(*trial, index) for trial in trials))
 
-    @staticmethod
-    def _needed(errors: Tensor) -> float:
-        """The factor that some errors ask for; none if they are too few to say."""
+    def _needed(self, errors: Tensor, std: Tensor, index: int) -> float:
+        """The factor that the errors nearest to an anchor ask for; 1 if they are too few to say."""
+        edges = (self.anchors[:-1] * self.anchors[1:]).sqrt()
+        errors = errors[torch.bucketize(std, edges) == index]
         if len(errors) < _SMALLEST_BIN:
             return 1.0
         return min(_WIDEST, float(errors.abs().quantile(0.9)) / NINETY)

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import capture
 from ..ops import decode
 from .plan import Layer, Plan
 from .storage import Storage
 
 # More end-of-sequence tokens than this and the caller stops by itself.
 MAX_EOS = 8
-_WARM_UP = 2
 # Prompts of one length that get a graph of their own; the GPU outruns the host only on short ones.
 MAX_PROMPTS = 8
 
@@ -88,13 +88,8 @@ class Session:
         """Record :meth:`step` (on a GPU, once). Runs it, so call it before the prompt is there."""
         if self.graph is not None or self.plan.device.type != "cuda":
             return
-        side = torch.cuda.Stream(self.plan.device)
-        side.wait_stream(torch.cuda.current_stream(self.plan.device))
         self.position.zero_()
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self.step()
-        torch.cuda.current_stream(self.plan.device).wait_stream(side)
+        capture.warm_up(self.step, self.plan.device)
         self.graph = self.record(self.step)
 
     def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -102,7 +97,4 @@ class Session:
 
         A session's graphs share the memory of their intermediate results: one of them runs at a time.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=None if self.graph is None else self.graph.pool()):
-            work()
-        return graph
+        return capture.record(work, pool=None if self.graph is None else self.graph.pool())[0]
