@@ -26,8 +26,9 @@ class MLP(Ensemble):
     def __init__(self, grid: Grid, members: int = 8, hidden: int = 128):
         super().__init__(grid, members)
         level = torch.arange(1, grid.levels)
-        self.register_buffer("used", (level <= torch.tensor(grid.maximum)[:, None]).flatten(), persistent=False)
-        inputs = int(self.used.sum())
+        used = (level <= torch.tensor(grid.maximum)[:, None]).flatten().nonzero().squeeze(1)
+        self.register_buffer("used", used, persistent=False)  # positions: a mask would wait for the GPU
+        inputs = len(used)
         self.additive = nn.Parameter(torch.zeros(members, inputs, 1))
         sizes = (inputs, hidden, hidden, 1)
         self.weights = nn.ParameterList(torch.empty(members, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
@@ -46,7 +47,7 @@ class MLP(Ensemble):
     def encode(self, probabilities: Tensor) -> Tensor:
         """Thermometer code [P, bits] of (relaxed) level probabilities [P, S, K]: P(level ≥ l) for l = 1…maximum."""
         at_least = probabilities.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-        return at_least.flatten(1)[:, self.used]
+        return at_least.flatten(1).index_select(1, self.used)
 
     def standardised(self, code: Tensor) -> Tensor:
         x = (code - self.center).expand(self.members, *code.shape[-2:])
