@@ -1,10 +1,11 @@
 """The ways a masked product can take, raced against each other: what the thresholds in ppf/ops/dispatch.py rest on.
 
-    python benchmarks/bench_dispatch.py --output benchmarks/results/dispatch_h200.json        (about 60 s)
+    python benchmarks/bench_dispatch.py --output benchmarks/results/dispatch_h200.json        (about 40 s)
 
 CUDA graphs over rotating weights, the contenders taking turns (see bench_masked_gemm). "native" is CUDA
-(ppf.ops.few_tokens, ppf.ops.many_tokens), "triton" is ppf.kernels, "copy" gathers the kept weights first, "cublas" has
-weights shrunk beforehand: no contender, but the mark. Figures are microseconds.
+(ppf.ops.many_tokens), "triton" is ppf.kernels, "copy" gathers the kept weights first, "cublas" has weights shrunk
+beforehand: no contender, but the mark. Figures are microseconds. 1 to 16 tokens have one way only (dev/LOG.md has the
+race of 2026-11-25 that the native products for them lost).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from bench_masked_gemm import MODELS, measure_limits, normal, race
 from torch import Tensor
 
 from ppf.kernels import blocks as block_kernels
-from ppf.kernels import gemv
+from ppf.kernels import masked_linear as linear_kernels
 from ppf.kernels import masked_swiglu as tiles
-from ppf.ops import dispatch, few_tokens, many_tokens
+from ppf.ops import dispatch, many_tokens
 from ppf.ops.selection import Selection
 
 COPIES = 3
@@ -42,7 +43,7 @@ class Weights:
         self.shrunk = [[self.list.take(w[i], d).clone() for w, d in ((self.gate, 0), (self.up, 0), (self.down, 1))]
                        for i in range(COPIES)]  # fmt: skip
         device = self.gate[0].device
-        self.rows, self.mask = self.list.rows(device), self.list.mask(device)
+        self.rows = self.list.rows(device)
         self.block_rows, self.entries = self.blocks.rows(device), self.blocks.entries(device)
 
     def cublas_hidden(self, x: Tensor, i: int) -> Tensor:
@@ -50,44 +51,7 @@ class Weights:
         return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
-def few(w: Weights, tokens: int) -> dict[str, Calls]:
-    """1 to 16 tokens: gate and up; the whole MLP with down as stored (prefix, list) and transposed (list)."""
-    x = normal(tokens, w.hidden)
-
-    def native(i: int, index: Tensor | None, spread: int = 0) -> Tensor:
-        return few_tokens.rows(x, (w.gate[i], w.up[i]), index, w.width, spread=spread)
-
-    def triton(i: int, index: Tensor | None) -> Tensor:
-        return gemv.rows(x, (w.gate[i], w.up[i]), index, w.width)
-
-    def triton_list(i: int) -> Tensor:
-        full, counts = gemv.expand(triton(i, w.rows), w.rows, w.channels)
-        return gemv.rows(full, (w.down[i],), None, w.hidden, gemv.MASKED, counts)
-
-    shrunk = {"cublas": lambda i: F.linear(w.cublas_hidden(x, i), w.shrunk[i][2])}
-    return {
-        "hidden": {
-            "cublas": lambda i: w.cublas_hidden(x, i),
-            "native": lambda i: native(i, w.rows),
-            "triton": lambda i: triton(i, w.rows),
-        },
-        "mlp, prefix": shrunk | {
-            "native": lambda i: few_tokens.rows(native(i, None), (w.down[i],), None, w.hidden, dependent=True),
-            "triton": lambda i: gemv.rows(triton(i, None), (w.down[i],), None, w.hidden),
-        },
-        "mlp, list": shrunk | {
-            "native": lambda i: few_tokens.rows(
-                native(i, w.rows, w.channels), (w.down[i],), None, w.hidden, mask=w.mask, dependent=True),
-            "triton": triton_list,
-        },
-        "mlp, list, down transposed": shrunk | {
-            "native": lambda i: few_tokens.columns(native(i, w.rows), w.turned[i], w.rows, dependent=True),
-            "triton": lambda i: gemv.columns(triton(i, w.rows), w.turned[i], w.rows),
-        },
-    }  # fmt: skip
-
-
-def many(w: Weights, tokens: int) -> dict[str, Calls]:
+def contenders(w: Weights, tokens: int) -> dict[str, Calls]:
     """Tens of tokens to thousands: gate and up, outputs alone, down with listed units and with listed blocks."""
     x, act = normal(tokens, w.hidden), normal(tokens, w.width)
 
@@ -109,16 +73,16 @@ def many(w: Weights, tokens: int) -> dict[str, Calls]:
         "outputs, list": {
             "cublas": lambda i: F.linear(x, w.shrunk[i][0]),
             "native": lambda i: many_tokens.outputs(x, w.gate[i], w.rows, w.width),
+            "triton": lambda i: linear_kernels.linear(x, w.gate[i], w.rows, w.width),
             "copy": lambda i: F.linear(x, copied(w.gate[i], 0)),
         },
         "down transposed, list": {
             "cublas": lambda i: F.linear(act, w.shrunk[i][2]),
-            "native": lambda i: many_tokens.units(act, w.turned[i], w.rows, w.hidden),
+            "triton": lambda i: linear_kernels.linear(act, w.turned[i], w.rows, w.hidden, transposed=True),
             "copy": lambda i: F.linear(act, copied(w.turned[i], 0).t()),
         },
         "down, blocks": {
             "cublas": lambda i: F.linear(act, w.shrunk[i][2]),
-            "native": lambda i: many_tokens.outputs(act, w.down[i], None, w.hidden, w.entries),
             "triton": lambda i: block_kernels.input_blocks(act, w.down[i], w.entries),
         },
     }
@@ -128,7 +92,7 @@ def measure(model: str, keep: float, tokens: list[int]) -> list[dict]:
     hidden, channels, _, _ = MODELS[model]
     weights, results = Weights(hidden, channels, keep), []
     for count in tokens:
-        for form, calls in (few if count <= few_tokens.MAX_TOKENS else many)(weights, count).items():
+        for form, calls in contenders(weights, count).items():
             us = {name: round(seconds * 1e6, 2) for name, seconds in race(calls, COPIES, laps=5).items()}
             results.append({"model": model, "keep": keep, "tokens": count, "form": form, "us": us})
             print(f"{model} keep {keep:.2f} t={count:<5} {form:28} {us}", flush=True)
@@ -139,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", action="append", choices=sorted(MODELS))
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 512, 1024, 2048, 4096])
     arguments = parser.parse_args()
     torch.manual_seed(0)
     limits = measure_limits()

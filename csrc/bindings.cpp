@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "gather.h"
-#include "gemv.h"
 #include "tiles.h"
 
 namespace py = pybind11;
@@ -73,75 +72,22 @@ void gather_cuda(const std::vector<Fields>& all, int device, uintptr_t stream, i
 }
 #endif
 
-#ifdef PPF_WITH_GEMV
-const int32_t* list(int64_t value) { return static_cast<const int32_t*>(address(value)); }
-
-// x, weight, pair, y, rows, mask, blocks, x_pitch, weight_pitch, pair_pitch, y_stride, tokens, width, depth, scatter,
-// half
-void gemv_rows(const std::array<int64_t, 16>& f, int device, uintptr_t stream, bool dependent) {
-  ppf::GemvRows job{};
-  job.x = address(f[0]);
-  job.weight = address(f[1]);
-  job.pair = address(f[2]);
-  job.y = address(f[3]);
-  job.rows = list(f[4]);
-  job.mask = static_cast<const uint16_t*>(address(f[5]));
-  job.blocks = list(f[6]);
-  job.x_pitch = f[7];
-  job.weight_pitch = f[8];
-  job.pair_pitch = f[9];
-  job.y_stride = f[10];
-  job.tokens = static_cast<int>(f[11]);
-  job.width = static_cast<int>(f[12]);
-  job.depth = static_cast<int>(f[13]);
-  job.scatter = f[14] != 0;
-  job.half = f[15] != 0;
-  ppf::gemv_rows(job, device, reinterpret_cast<void*>(stream), dependent);
-}
-
-// x, weight, y, partial, rows, x_stride, weight_pitch, tokens, depth, columns, splits, half
-void gemv_columns(const std::array<int64_t, 12>& f, int device, uintptr_t stream, bool dependent) {
-  ppf::GemvColumns job{};
-  job.x = address(f[0]);
-  job.weight = address(f[1]);
-  job.y = address(f[2]);
-  job.partial = static_cast<float*>(address(f[3]));
-  job.rows = list(f[4]);
-  job.x_stride = f[5];
-  job.weight_pitch = f[6];
-  job.tokens = static_cast<int>(f[7]);
-  job.depth = static_cast<int>(f[8]);
-  job.columns = static_cast<int>(f[9]);
-  job.splits = static_cast<int>(f[10]);
-  job.half = f[11] != 0;
-  ppf::gemv_columns(job, device, reinterpret_cast<void*>(stream), dependent);
-}
-
-// x, y, rows, x_stride, y_stride, tokens, count
-void gemv_scatter(const std::array<int64_t, 7>& f, int device, uintptr_t stream) {
-  const ppf::Scatter job{address(f[0]), address(f[1]), list(f[2]), f[3], f[4], int(f[5]), int(f[6])};
-  ppf::gemv_scatter(job, device, reinterpret_cast<void*>(stream));
-}
-#endif
-
 #ifdef PPF_WITH_TILES
-// x, weight, pair, y, rows, blocks, x_pitch, weight_pitch, pair_pitch, tokens, width, depth, over_units, half
-void tile_product(const std::array<int64_t, 14>& f, int device, uintptr_t stream, int wide) {
+// x, weight, pair, y, rows, x_pitch, weight_pitch, pair_pitch, tokens, width, depth, half
+void tile_product(const std::array<int64_t, 12>& f, int device, uintptr_t stream, int wide) {
   ppf::TileJob job{};
   job.x = address(f[0]);
   job.weight = address(f[1]);
   job.pair = address(f[2]);
   job.y = address(f[3]);
-  job.rows = list(f[4]);
-  job.blocks = list(f[5]);
-  job.x_pitch = f[6];
-  job.weight_pitch = f[7];
-  job.pair_pitch = f[8];
-  job.tokens = static_cast<int>(f[9]);
-  job.width = static_cast<int>(f[10]);
-  job.depth = static_cast<int>(f[11]);
-  job.over_units = f[12] != 0;
-  job.half = f[13] != 0;
+  job.rows = static_cast<const int32_t*>(address(f[4]));
+  job.x_pitch = f[5];
+  job.weight_pitch = f[6];
+  job.pair_pitch = f[7];
+  job.tokens = static_cast<int>(f[8]);
+  job.width = static_cast<int>(f[9]);
+  job.depth = static_cast<int>(f[10]);
+  job.half = f[11] != 0;
   ppf::tile_product(job, device, reinterpret_cast<void*>(stream), wide);
 }
 #endif
@@ -155,12 +101,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_cpu", &gather_cpu, "One gather in host memory; checks the index list first.");
 #ifdef PPF_WITH_CUDA
   m.def("gather_cuda", &gather_cuda, "Any number of gathers in device memory, on a stream, without synchronisation.");
-#ifdef PPF_WITH_GEMV
-  m.def("gemv_rows", &gemv_rows, "A few tokens times listed weight rows.");
-  m.def("gemv_columns", &gemv_columns, "A few tokens times listed units of a transposed weight.");
-  m.def("gemv_scatter", &gemv_scatter, "The columns of a few tokens put back in place.");
-  m.def("gemv_splits", &ppf::gemv_splits, "How many ways gemv_columns splits the units; 0 if it cannot run.");
-#endif
 #ifdef PPF_WITH_TILES
   m.def("tile_product", &tile_product, "Many tokens times listed weight rows, on Hopper's matrix units.");
 #endif

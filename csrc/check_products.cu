@@ -1,6 +1,6 @@
-// A program of its own for compute-sanitizer: every form of the native products on exactly sized memory, against the
+// A program of its own for compute-sanitizer: both forms of the native products on exactly sized memory, against the
 // host. What is pruned holds NaN.
-//   cd csrc; nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 check_products.cu gemv_cuda.cu tiles_cuda.cu -o check_products
+//   cd csrc; nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 check_products.cu tiles_cuda.cu -o check_products
 //   for tool in memcheck racecheck initcheck; do compute-sanitizer --tool $tool --error-exitcode 1 ./check_products; done
 #include <cuda_runtime.h>
 
@@ -12,7 +12,6 @@
 #include <random>
 #include <vector>
 
-#include "gemv.h"
 #include "tiles.h"
 
 namespace {
@@ -78,14 +77,6 @@ Bits poisoned(Bits weight, int rows, int columns, const std::vector<int32_t>& ke
   return weight;
 }
 
-Bits transpose(const Bits& weight, int rows, int columns) {
-  Bits out(weight.size());
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < columns; ++c) out[int64_t{c} * rows + r] = weight[int64_t{r} * columns + c];
-  }
-  return out;
-}
-
 // x [tokens, depth] times the rows `at` of weight, all columns.
 std::vector<double> product(const Bits& x, const Bits& weight, int tokens, int depth, const std::vector<int32_t>& at) {
   std::vector<double> out;
@@ -118,7 +109,7 @@ std::vector<double> silu_times(const std::vector<double>& gate, const std::vecto
   return out;
 }
 
-// gate and up, or one weight, with listed rows; then the transposed weight with listed units.
+// gate and up, or one weight, with listed rows.
 void run(int tokens, int rows, int depth, int count) {
   const auto kept = some_of(rows, count);
   const Bits x = random_bits(int64_t{tokens} * depth), gate = random_bits(int64_t{rows} * depth);
@@ -131,94 +122,13 @@ void run(int tokens, int rows, int depth, int count) {
   const auto plain = product(x, gate, tokens, depth, kept);
   const auto both = silu_times(plain, product(x, up, tokens, depth, kept));
   for (const bool pair : {false, true}) {
-    if (tokens <= 16) {
-      ppf::GemvRows job{device_x, device_gate, pair ? device_up : nullptr, y, index, nullptr, nullptr,
-                        depth * 2, depth * 2, depth * 2, count, tokens, count, depth, false, false};
-      ppf::gemv_rows(job, 0, nullptr, false);
-      expect("gemv rows", download(y, int64_t{tokens} * count), pair ? both : plain);
-    }
-    ppf::TileJob job{device_x, device_gate, pair ? device_up : nullptr, y, index, nullptr,
-                     depth * 2, depth * 2, depth * 2, tokens, count, depth, false, false};
+    ppf::TileJob job{device_x, device_gate, pair ? device_up : nullptr, y, index,
+                     depth * 2, depth * 2, depth * 2, tokens, count, depth, false};
     ppf::tile_product(job, 0, nullptr, 0);
-    expect("tile rows", download(y, int64_t{tokens} * count), pair ? both : plain);
+    expect(pair ? "gate and up" : "outputs", download(y, int64_t{tokens} * count), pair ? both : plain);
   }
-  // The same weight held transposed: `depth` outputs, listed units.
-  const Bits turned = transpose(gate, rows, depth);  // [depth, rows]
-  const Bits act = random_bits(int64_t{tokens} * count);
-  Bits selected(int64_t{depth} * count);
-  for (int d = 0; d < depth; ++d) {
-    for (int i = 0; i < count; ++i) selected[int64_t{d} * count + i] = turned[int64_t{d} * rows + kept[i]];
-  }
-  std::vector<int32_t> outputs(depth);
-  for (int d = 0; d < depth; ++d) outputs[d] = d;
-  const auto wanted = product(act, selected, tokens, count, outputs);
-  auto* device_act = upload(act);
-  auto* z = upload(Bits(int64_t{tokens} * depth));
-  if (tokens <= 16) {
-    const int splits = ppf::gemv_splits(tokens, count, depth, 0);
-    auto* partial = upload(std::vector<float>(int64_t{splits} * tokens * depth));
-    ppf::GemvColumns job{device_act, device_gate, z, splits > 1 ? partial : nullptr, index, count, depth * 2,
-                         tokens, count, depth, splits, false};
-    ppf::gemv_columns(job, 0, nullptr, false);
-    expect("gemv columns", download(z, int64_t{tokens} * depth), wanted);
-    check(cudaFree(partial));
-  }
-  if (count % 8 == 0) {
-    ppf::TileJob job{device_act, device_gate, nullptr, z, index, nullptr, count * 2, depth * 2, 0,
-                     tokens, depth, count, true, false};
-    ppf::tile_product(job, 0, nullptr, 0);
-    expect("tile units", download(z, int64_t{tokens} * depth), wanted);
-  }
-  for (void* memory : {(void*)index, (void*)device_x, (void*)device_gate, (void*)device_up, (void*)y, (void*)device_act,
-                       (void*)z}) {
+  for (void* memory : {(void*)index, (void*)device_x, (void*)device_gate, (void*)device_up, (void*)y}) {
     check(cudaFree(memory));
-  }
-}
-
-// Listed input columns: single ones by mask, with x spread out by the scatter kernel, and blocks of 64.
-void run_inputs(int tokens, int outputs, int depth, int count) {
-  const auto kept = some_of(depth, count);
-  const auto blocks = some_of(depth / 64, depth / 128);
-  std::vector<int32_t> columns, all(outputs);
-  for (const int block : blocks) {
-    for (int i = 0; i < 64; ++i) columns.push_back(block * 64 + i);
-  }
-  for (int o = 0; o < outputs; ++o) all[o] = o;
-  const Bits weight = random_bits(int64_t{outputs} * depth);
-  for (const bool by_block : {false, true}) {
-    const auto& list = by_block ? columns : kept;
-    const int width = static_cast<int>(list.size());
-    const Bits x = random_bits(int64_t{tokens} * width);
-    Bits selected;
-    for (int o = 0; o < outputs; ++o) {
-      for (const int c : list) selected.push_back(weight[int64_t{o} * depth + c]);
-    }
-    const auto wanted = product(x, selected, tokens, width, all);
-    std::vector<uint16_t> mask(depth, 0);
-    for (const int c : list) mask[c] = 0xffff;
-    auto* device_x = upload(x);
-    auto* full = upload(Bits(int64_t{tokens} * depth, 0x7fc0));
-    auto* device_weight = upload(transpose(poisoned(transpose(weight, outputs, depth), depth, outputs, list), depth, outputs));
-    auto* y = upload(Bits(int64_t{tokens} * outputs));
-    auto* device_mask = upload(mask);
-    auto* index = upload(list);
-    auto* device_blocks = upload(blocks);
-    ppf::GemvRows job{by_block ? device_x : full, device_weight, nullptr, y, nullptr, by_block ? nullptr : device_mask,
-                      by_block ? device_blocks : nullptr, (by_block ? width : depth) * 2, depth * 2, 0, outputs, tokens,
-                      outputs, by_block ? width : depth, false, false};
-    if (!by_block) ppf::gemv_scatter({device_x, full, index, width, depth, tokens, width}, 0, nullptr);
-    ppf::gemv_rows(job, 0, nullptr, !by_block);
-    expect("gemv inputs", download(y, int64_t{tokens} * outputs), wanted);
-    if (by_block) {
-      ppf::TileJob tile{device_x, device_weight, nullptr, y, nullptr, device_blocks, width * 2, depth * 2, 0,
-                        tokens, outputs, width, false, false};
-      ppf::tile_product(tile, 0, nullptr, 0);
-      expect("tile inputs", download(y, int64_t{tokens} * outputs), wanted);
-    }
-    for (void* memory : {(void*)device_x, (void*)full, (void*)device_weight, (void*)y, (void*)device_mask, (void*)index,
-                         (void*)device_blocks}) {
-      check(cudaFree(memory));
-    }
   }
 }
 
@@ -229,7 +139,6 @@ int main() {
     run(tokens, 300, 136, 152);
     run(tokens, 40, 512, 33);
     run(tokens, 700, 72, 696);
-    if (tokens <= 16) run_inputs(tokens, 45, 512, 201);
   }
   std::printf("%s: %d wrong results\n", wrong ? "FAILED" : "passed", wrong);
   return wrong != 0;

@@ -1,4 +1,4 @@
-// Hopper's synchronisation in PTX: barriers in shared memory, and kernels that start before their predecessor ends.
+// Hopper's synchronisation in PTX: barriers in shared memory.
 // For files that are compiled for compute capability 9.0 and later only.
 #pragma once
 
@@ -36,11 +36,5 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       "r"(parity)
       : "memory");
 }
-
-// The kernel launched next on this stream with the dependent attribute may start now ...
-__device__ __forceinline__ void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// ... but sees what the kernel before it wrote only after this.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace ppf

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "hopper.cuh"
 #include "device.cuh"
@@ -29,15 +28,13 @@ constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kXBytes = kTokens * kRowBytes;
 constexpr int kMostShared = 227 << 10;
 
-enum class Rows { kOutputs, kPair, kUnits };
-
 template <int kWide>
 struct Stage {
   static constexpr int kBytes = kXBytes + kWide * kRowBytes;
-  static constexpr int kCount = std::min(8, (kMostShared - 1024 - 2304) / kBytes);
+  static constexpr int kCount = std::min(8, (kMostShared - 1024 - 256) / kBytes);
 };
 
-__host__ __device__ constexpr int outputs_of(int wide, Rows kind) { return kind == Rows::kPair ? wide / 2 : wide; }
+__host__ __device__ constexpr int outputs_of(int wide, bool pair) { return pair ? wide / 2 : wide; }
 
 __device__ __forceinline__ void copy_piece(uint32_t target, const char* source, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0)
@@ -49,58 +46,9 @@ __device__ __forceinline__ void arrive_with_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-constexpr int kBatch = 512;  // list entries looked up at once
-constexpr int kEntries = kBatch / kGroupThreads;
-
 template <int kCount>
 struct Sync {
   uint64_t full[kCount], empty[kCount];
-  int32_t entries[kBatch];
-};
-
-// A list read by the four producer warps, each entry once. A load waits for all copies issued before it, so batches are
-// asked for a whole batch ahead and kept in shared memory: looked up step by step, every step took a trip to memory.
-class Lookup {
- public:
-  __device__ Lookup(const int32_t* list, int count, int32_t* shared) : list_(list), count_(count), shared_(shared) {}
-
-  __device__ void start() {
-    ask(0);
-    take(0);
-  }
-
-  // Before entries [first, first + step) are read; `first` is a multiple of `step`, which divides the batch.
-  __device__ void reach(int first) {
-    if (first > 0 && first % kBatch == 0) take(first);
-  }
-
-  __device__ int operator[](int entry) const { return list_ ? shared_[entry % kBatch] : min(entry, count_ - 1); }
-
- private:
-  __device__ void ask(int first) {
-    if (!list_) return;
-#pragma unroll
-    for (int i = 0; i < kEntries; ++i) {
-      const int at = first + i * kGroupThreads + static_cast<int>(threadIdx.x) % kGroupThreads;
-      next_[i] = __ldg(list_ + min(at, count_ - 1));
-    }
-  }
-
-  __device__ void take(int first) {
-    if (!list_) return;
-    producers_meet();  // nobody reads the old batch any more
-#pragma unroll
-    for (int i = 0; i < kEntries; ++i) shared_[i * kGroupThreads + threadIdx.x % kGroupThreads] = next_[i];
-    producers_meet();
-    ask(first + kBatch);
-  }
-
-  __device__ static void producers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kGroupThreads) : "memory"); }
-
-  const int32_t* list_;
-  int count_;
-  int32_t* shared_;
-  int next_[kEntries];
 };
 
 // Tile number to its first token and output; tiles of one weight part follow each other, so that L2 serves it.
@@ -145,7 +93,7 @@ class TokenRows {
 };
 
 // The tile's listed weight rows; with a pair, gate's before up's.
-template <int kWide, Rows kKind>
+template <int kWide, bool kPair>
 class OutputRows {
  public:
   __device__ __forceinline__ OutputRows(const TileJob& p, int first) : first_weight_(p.weight), second_weight_(p.pair) {
@@ -158,20 +106,20 @@ class OutputRows {
     }
   }
 
-  __device__ __forceinline__ void copy(uint32_t target, int64_t column, bool inside) const {
+  __device__ __forceinline__ void copy(uint32_t target, int k, bool inside) const {
 #pragma unroll
     for (int i = 0; i < kWide / 16; ++i) {
       const void* weight = second(i) ? second_weight_ : first_weight_;
       const char* source = static_cast<const char*>(weight) + uint64_t{place_[i]} * 16;
-      copy_piece(target + swizzled_place(i), inside ? source + column : source, inside);
+      copy_piece(target + swizzled_place(i), inside ? source + k * int64_t{2} : source, inside);
     }
   }
 
  private:
-  static constexpr int kOutputs = outputs_of(kWide, kKind);
+  static constexpr int kOutputs = outputs_of(kWide, kPair);
 
   __device__ __forceinline__ static bool second(int i) {
-    return kKind == Rows::kPair && producer_row() + 16 * i >= kOutputs;
+    return kPair && producer_row() + 16 * i >= kOutputs;
   }
 
   const void* first_weight_;
@@ -179,49 +127,20 @@ class OutputRows {
   uint32_t place_[kWide / 16];  // in 16 bytes
 };
 
-// Over units there are none.
-struct NoRows {
-  __device__ NoRows(const TileJob&, int) {}
-};
-
-// kWide columns of 64 listed units: kWide / 64 parts of 128 bytes, 64 units of each.
-template <int kWide>
-__device__ __forceinline__ void copy_units(const TileJob& p, const Lookup& units, uint32_t target, int first, int k) {
-  constexpr int kAcross = kWide / 8, kAtOnce = kGroupThreads / kAcross;
-  const int thread = threadIdx.x % kGroupThreads, across = thread % kAcross;
-  const bool there = first + across * 8 < p.width;
-  const char* source = static_cast<const char*>(p.weight) + (there ? (first + across * 8) * 2 : 0);
-#pragma unroll
-  for (int i = 0; i < kWide / 16; ++i) {
-    const int unit = thread / kAcross + kAtOnce * i;
-    const uint32_t to = across / 8 * (kStep * kRowBytes) + unit * kRowBytes + ((across % 8 ^ (unit & 7)) << 4);
-    copy_piece(target + to, source + units[k + unit] * p.weight_pitch, there && k + unit < p.depth);
-  }
-}
-
-template <int kWide, Rows kKind>
+template <int kWide, bool kPair>
 __device__ void produce(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCount>& sync, int tiles) {
   using Ring = Stage<kWide>;
-  constexpr bool kUnits = kKind == Rows::kUnits;
   int stage = 0, lap = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const Place at(p, tile, outputs_of(kWide, kKind));
+    const Place at(p, tile, outputs_of(kWide, kPair));
     const TokenRows tokens(p, at.token);
-    const std::conditional_t<kUnits, NoRows, OutputRows<kWide, kKind>> outputs(p, at.output);
-    Lookup list(kUnits ? p.rows : p.blocks, kUnits ? p.depth : p.depth / kStep, sync.entries);
-    list.start();
+    const OutputRows<kWide, kPair> outputs(p, at.output);
     for (int k = 0; k < p.depth; k += kStep) {
       const uint32_t target = ring + stage * Ring::kBytes;
-      list.reach(kUnits ? k : k / kStep);
       if (lap > 0) barrier_wait(&sync.empty[stage], (lap - 1) & 1);
       const bool inside = k + producer_piece() * 8 < p.depth;
       tokens.copy(target, k, inside);
-      if constexpr (kUnits) {
-        copy_units<kWide>(p, list, target + kXBytes, at.output, k);
-      } else {
-        const int64_t column = p.blocks ? list[k / kStep] * int64_t{kRowBytes} : k * int64_t{2};
-        outputs.copy(target + kXBytes, column, inside);
-      }
+      outputs.copy(target + kXBytes, k, inside);
       arrive_with_copies(&sync.full[stage]);
       if (++stage == Ring::kCount) stage = 0, ++lap;
     }
@@ -241,9 +160,9 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
 
 __device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-template <int kWide, Rows kKind, bool kHalf>
+template <int kWide, bool kPair, bool kHalf>
 __device__ void store(const TileJob& p, const float (&d)[kWide / 2], const Place& at, int group) {
-  constexpr int kOutputs = outputs_of(kWide, kKind);
+  constexpr int kOutputs = outputs_of(kWide, kPair);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const bool pairs = p.width % 2 == 0;
 #pragma unroll
@@ -255,7 +174,7 @@ __device__ void store(const TileJob& p, const float (&d)[kWide / 2], const Place
     for (int j = 0; j < kOutputs / 8; ++j) {
       const int output = at.output + j * 8 + lane % 4 * 2;
       float low = d[4 * j + 2 * lower], high = d[4 * j + 2 * lower + 1];
-      if constexpr (kKind == Rows::kPair) {
+      if constexpr (kPair) {
         low = silu_times(low, d[4 * (j + kOutputs / 8) + 2 * lower]);
         high = silu_times(high, d[4 * (j + kOutputs / 8) + 2 * lower + 1]);
       }
@@ -270,10 +189,9 @@ __device__ void store(const TileJob& p, const float (&d)[kWide / 2], const Place
   }
 }
 
-template <int kWide, Rows kKind, bool kHalf>
+template <int kWide, bool kPair, bool kHalf>
 __device__ void consume(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCount>& sync, int tiles) {
   using Ring = Stage<kWide>;
-  constexpr bool kOverRows = kKind == Rows::kUnits;
   const int group = threadIdx.x / kGroupThreads - 1;
   const bool speaks = threadIdx.x % 32 == 0;  // one lane a warp
   const int steps = (p.depth + kStep - 1) / kStep;
@@ -289,10 +207,7 @@ __device__ void consume(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCou
       wgmma_begin();
 #pragma unroll
       for (int k = 0; k < kStep / 16; ++k) {
-        const uint64_t a = tile_descriptor(x + k * 32, 16, 8 * kRowBytes);
-        const uint64_t b = kOverRows ? tile_descriptor(weight + k * 16 * kRowBytes, kStep * kRowBytes, 8 * kRowBytes)
-                                     : tile_descriptor(weight + k * 32, 16, 8 * kRowBytes);
-        wgmma<kWide, kHalf, kOverRows>(d, a, b, step > 0 || k > 0);
+        wgmma<kWide, kHalf>(d, tile_descriptor(x + k * 32), tile_descriptor(weight + k * 32), step > 0 || k > 0);
       }
       wgmma_commit();
       wgmma_wait<1>();
@@ -302,11 +217,11 @@ __device__ void consume(const TileJob& p, uint32_t ring, Sync<Stage<kWide>::kCou
     }
     wgmma_wait<0>();
     if (speaks) barrier_arrive(&sync.empty[last]);
-    store<kWide, kKind, kHalf>(p, d, Place(p, tile, outputs_of(kWide, kKind)), group);
+    store<kWide, kPair, kHalf>(p, d, Place(p, tile, outputs_of(kWide, kPair)), group);
   }
 }
 
-template <int kWide, Rows kKind, bool kHalf>
+template <int kWide, bool kPair, bool kHalf>
 __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const __grid_constant__ TileJob p, int tiles) {
   using Ring = Stage<kWide>;
   extern __shared__ char shared[];
@@ -322,50 +237,50 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const __grid_constant
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
-    produce<kWide, kKind>(p, ring, sync, tiles);
+    produce<kWide, kPair>(p, ring, sync, tiles);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-    consume<kWide, kKind, kHalf>(p, ring, sync, tiles);
+    consume<kWide, kPair, kHalf>(p, ring, sync, tiles);
   }
 }
 
-int tiles_of(const TileJob& job, int wide, Rows kind) {
-  const int outputs = outputs_of(wide, kind);
+int tiles_of(const TileJob& job, int wide, bool pair) {
+  const int outputs = outputs_of(wide, pair);
   return (job.tokens + kTokens - 1) / kTokens * ((job.width + outputs - 1) / outputs);
 }
 
 // Waves of tiles times their cost; a tile pays for its share of x and its ends, too.
-double cost(const TileJob& job, int wide, Rows kind, int processors) {
-  const int waves = (tiles_of(job, wide, kind) + processors - 1) / processors;
+double cost(const TileJob& job, int wide, bool pair, int processors) {
+  const int waves = (tiles_of(job, wide, pair) + processors - 1) / processors;
   return waves * (wide + 12.0);
 }
 
-template <int kWide, Rows kKind, bool kHalf>
+template <int kWide, bool kPair, bool kHalf>
 void launch(const TileJob& job, int device, void* stream) {
   constexpr int kShared = Stage<kWide>::kBytes * Stage<kWide>::kCount + 1024;
-  const auto kernel = tile_kernel<kWide, kKind, kHalf>;
+  const auto kernel = tile_kernel<kWide, kPair, kHalf>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "shared memory");
-  const int tiles = tiles_of(job, kWide, kKind);
+  const int tiles = tiles_of(job, kWide, kPair);
   kernel<<<std::min(tiles, multiprocessors(device)), kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job, tiles);
   check(cudaGetLastError(), "launch");
 }
 
-template <int kWide, Rows kKind>
+template <int kWide, bool kPair>
 void launch(const TileJob& job, int device, void* stream) {
-  job.half ? launch<kWide, kKind, true>(job, device, stream) : launch<kWide, kKind, false>(job, device, stream);
+  job.half ? launch<kWide, kPair, true>(job, device, stream) : launch<kWide, kPair, false>(job, device, stream);
 }
 
-template <Rows kKind, int... kWides>
+template <bool kPair, int... kWides>
 void launch_widest(const TileJob& job, int device, void* stream, int wide) {
   if (wide == 0) {
     const int processors = multiprocessors(device);
     double least = 1e300;
     for (const int candidate : {kWides...}) {
-      const double found = cost(job, candidate, kKind, processors);
+      const double found = cost(job, candidate, kPair, processors);
       if (found < least) least = found, wide = candidate;
     }
   }
-  const bool known = ((wide == kWides ? (launch<kWides, kKind>(job, device, stream), true) : false) || ...);
+  const bool known = ((wide == kWides ? (launch<kWides, kPair>(job, device, stream), true) : false) || ...);
   if (!known) throw std::runtime_error("tiles: no tile of " + std::to_string(wide) + " rows");
 }
 
@@ -373,16 +288,8 @@ void launch_widest(const TileJob& job, int device, void* stream, int wide) {
 
 void tile_product(const TileJob& job, int device, void* stream, int wide) {
   const DeviceScope scope(device);
-  if (job.over_units) return launch_widest<Rows::kUnits, 128, 256>(job, device, stream, wide);
-  if (job.pair) return launch_widest<Rows::kPair, 128, 144, 160, 176, 192, 208, 224, 240, 256>(job, device, stream, wide);
-  launch_widest<Rows::kOutputs, 128, 160, 192, 224, 256>(job, device, stream, wide);
-}
-
-const char* tiles_problem(int device) {
-  int major = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  return major == 9 ? nullptr : "its matrix units are not Hopper's";
+  if (job.pair) return launch_widest<true, 128, 144, 160, 176, 192, 208, 224, 240, 256>(job, device, stream, wide);
+  launch_widest<false, 128, 160, 192, 224, 256>(job, device, stream, wide);
 }
 
 }  // namespace ppf

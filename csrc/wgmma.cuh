@@ -7,11 +7,10 @@
 namespace ppf {
 
 // A tile in shared memory, rows of 128 bytes whose 16-byte pieces are permuted by the row number (128-byte swizzle),
-// 1024-byte aligned. Contraction along the rows: `leading` is not used, `stride` is the 1024 bytes of 8 rows.
-// Contraction over the rows: `leading` leads to the next 64 columns, `stride` to the next 8 rows.
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+// 1024-byte aligned; the contraction runs along the rows, and 8 rows take 1024 bytes.
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
   const uint64_t swizzle = uint64_t{1} << 62;
-  return (address >> 4 & 0x3fff) | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 | swizzle;
+  return (address >> 4 & 0x3fff) | uint64_t{16 >> 4} << 16 | uint64_t{1024 >> 4} << 32 | swizzle;
 }
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -23,9 +22,9 @@ __device__ __forceinline__ void wgmma_wait() {
 // Ordinary writes to shared memory that were waited for become visible to the matrix units.
 __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// d [64 tokens, kWide] += a · b, fp32, one warpgroup; `scale` 0 starts from zero. kOverRows: b's contraction runs over
-// its rows. Register lists cannot be built by templates, so the text of each width is put together by macros.
-template <int kWide, bool kHalf, bool kOverRows>
+// d [64 tokens, kWide] += a · b, fp32, one warpgroup; `scale` 0 starts from zero. Register lists cannot be built
+// by templates, so the text of each width is put together by macros.
+template <int kWide, bool kHalf>
 __device__ __forceinline__ void wgmma(float (&d)[kWide / 2], uint64_t a, uint64_t b, int scale);
 
 #define PPF_S0 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -78,21 +77,19 @@ __device__ __forceinline__ void wgmma(float (&d)[kWide / 2], uint64_t a, uint64_
 #define PPF_OUT15 PPF_OUT14, PPF_D(112)
 #define PPF_OUT16 PPF_OUT15, PPF_D(120)
 
-#define PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, OVER, TYPE, HALF, OVER_ROWS)                                         \
-  template <>                                                                                                        \
-  __device__ __forceinline__ void wgmma<WIDE, HALF, OVER_ROWS>(float (&d)[WIDE / 2], uint64_t a, uint64_t b, int scale) { \
-    asm volatile(                                                                                                    \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %" SCALE ", 0;\n"                                                       \
-        "wgmma.mma_async.sync.aligned.m64n" #WIDE "k16.f32." TYPE "." TYPE " {" PPF_LIST##EIGHTS "}, %" A ", %" B      \
-        ", add, 1, 1, 0, " OVER ";\n}\n"                                                                             \
-        : PPF_OUT##EIGHTS                                                                                            \
-        : "l"(a), "l"(b), "r"(scale));                                                                               \
+#define PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, TYPE, HALF)                                                      \
+  template <>                                                                                                    \
+  __device__ __forceinline__ void wgmma<WIDE, HALF>(float (&d)[WIDE / 2], uint64_t a, uint64_t b, int scale) {   \
+    asm volatile(                                                                                                \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %" SCALE ", 0;\n"                                                   \
+        "wgmma.mma_async.sync.aligned.m64n" #WIDE "k16.f32." TYPE "." TYPE " {" PPF_LIST##EIGHTS "}, %" A ", %" B  \
+        ", add, 1, 1, 0, 0;\n}\n"                                                                                \
+        : PPF_OUT##EIGHTS                                                                                        \
+        : "l"(a), "l"(b), "r"(scale));                                                                           \
   }
-#define PPF_WGMMA_WIDE(WIDE, EIGHTS, A, B, SCALE)                               \
-  PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, "0", "bf16", false, false)            \
-  PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, "1", "bf16", false, true)             \
-  PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, "0", "f16", true, false)              \
-  PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, "1", "f16", true, true)
+#define PPF_WGMMA_WIDE(WIDE, EIGHTS, A, B, SCALE)               \
+  PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, "bf16", false)        \
+  PPF_WGMMA_OF(WIDE, EIGHTS, A, B, SCALE, "f16", true)
 PPF_WGMMA_WIDE(128, 8, "64", "65", "66")
 PPF_WGMMA_WIDE(144, 9, "72", "73", "74")
 PPF_WGMMA_WIDE(160, 10, "80", "81", "82")

@@ -1,10 +1,12 @@
-"""The native tile kernel for lists of rows on Hopper: every form against fp64, with what is pruned set to NaN."""
+"""The native tile kernel for lists of rows on Hopper: both forms against fp64, with what is pruned set to NaN."""
 
 import pytest
 import torch
 from masked_cases import listed, mlp, normal, poisoned, product, within_twice
 
-from ppf.ops import many_tokens
+from ppf.ops import dispatch, many_tokens
+from ppf.ops.masked_linear import masked_linear
+from ppf.ops.selection import PREFIX, UNIQUE, Selection
 
 pytestmark = pytest.mark.gpu
 PAIRS = [0, 128, 144, 160, 176, 192, 208, 224, 240, 256]
@@ -12,7 +14,7 @@ PAIRS = [0, 128, 144, 160, 176, 192, 208, 224, 240, 256]
 
 @pytest.fixture(autouse=True)
 def native():
-    if not many_tokens.apply(torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda"), 8):
+    if not many_tokens.apply(torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda")):
         pytest.skip("built without CUDA, or not Hopper")
 
 
@@ -40,31 +42,6 @@ def test_outputs(wide):
         assert within_twice(y, *product(x, weight[:kept]))
 
 
-@pytest.mark.parametrize("wide", [0, 128, 256])
-@pytest.mark.parametrize("kept", [1, 9, 700])
-def test_listed_input_blocks(kept, wide):
-    """Also more than one batch of looked-up blocks."""
-    weight = normal(264, 64 * (kept + 3))
-    blocks = listed(kept, kept + 3)
-    columns = (blocks[:, None] * 64 + torch.arange(64, device="cuda")).flatten()
-    x = normal(140, kept * 64) * (kept * 64) ** 0.5
-    y = many_tokens.outputs(x, poisoned(weight, columns, 1), None, 264, blocks, wide)
-    assert within_twice(y, *product(x, weight.index_select(1, columns)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wide", [0, 128, 256])
-def test_listed_units(wide, dtype):
-    """Over several batches of looked-up units, and where the last step is not full."""
-    for tokens, units, kept, columns in ((290, 3000, 2088, 1000), (40, 90, 8, 72), (2000, 1100, 1032, 2048)):
-        x, stored = normal(tokens, kept, dtype=dtype) * kept**0.5, normal(units, columns, dtype=dtype)
-        index = listed(kept, units)
-        y = many_tokens.units(x, poisoned(stored, index, 0), index, columns, wide)
-        assert within_twice(y, *product(x, stored.index_select(0, index).t()))
-        y = many_tokens.units(x, stored, None, columns, wide)
-        assert within_twice(y, *product(x, stored[:kept].t()))
-
-
 def test_one_wrong_row_is_noticed():
     x, weight = normal(200, 256) * 16, normal(500, 256)
     index = listed(300, 500)
@@ -72,3 +49,24 @@ def test_one_wrong_row_is_noticed():
     wrong[123] = (wrong[123] + 1) % 500
     y = many_tokens.outputs(x, weight, wrong, 300)
     assert not within_twice(y, *product(x, weight.index_select(0, index)))
+
+
+@pytest.mark.parametrize("kept", [0, 300])
+def test_unsorted_duplicates_misaligned_and_strided(kept):
+    """A list in any order; x that has to be copied first; weights whose rows do not start on 16 bytes go elsewhere."""
+    x, weight = (normal(270, 2 * 256) * 16)[:, ::2], normal(500, 256)
+    index = torch.cat((listed(kept // 2, 500), listed(kept - kept // 2, 500)))
+    y = masked_linear(x, weight, Selection.indices(index.tolist(), 500))
+    assert y.shape == (270, kept) and (not kept or within_twice(y, *product(x, weight.index_select(0, index))))
+    odd = normal(500, 257)[:, 1:]
+    assert not many_tokens.apply(x.contiguous(), odd)
+    y = masked_linear(x, odd, Selection.indices(index.tolist(), 500))
+    assert not kept or within_twice(y, *product(x, odd.index_select(0, index)))
+
+
+def test_the_dispatch_takes_it():
+    x, gate, up = normal(256, 512), normal(900, 512), normal(900, 512)
+    assert dispatch.hidden_path(x, gate, up, UNIQUE, 450) == "native"
+    assert dispatch.hidden_path(x[:64], gate, up, UNIQUE, 450) == "tiles"
+    assert dispatch.linear_path(x, gate, UNIQUE, 450, PREFIX, 512, False) == "native"
+    assert dispatch.linear_path(x, gate, PREFIX, 900, PREFIX, 512, False) == "library"

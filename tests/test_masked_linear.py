@@ -143,7 +143,7 @@ def test_compiles_with_inductor():
     out = Selection.indices(torch.randperm(256)[:96], 256)
     into = Selection.indices(torch.randperm(192)[:80], 192)
     for selection in (out, into):
-        selection.rows(x.device), selection.mask(x.device)
+        selection.rows(x.device)
 
     def products(few, many):
         few_in, many_in = few[:, :80], many[:, :80]
@@ -194,12 +194,6 @@ def test_selection_finds_the_cheaper_kind():
     assert repr(Selection.indices([1, 0], 128)) == "Selection(indices, 2 of 128)"
     groups = Selection.indices([2, 0], 4).groups(3)
     assert groups.rows(torch.device("cpu")).tolist() == [6, 7, 8, 0, 1, 2] and groups.total == 12
-
-
-def test_mask_of_a_selection():
-    cpu = torch.device("cpu")
-    assert Selection.indices([3, 0], 5).mask(cpu).tolist() == [-1, 0, 0, -1, 0]
-    assert Selection.indices([3, 3], 5).mask(cpu) is None and Selection.prefix(2, 5).mask(cpu) is None
 
 
 def grouped_case(side, widths, form, dtype=torch.bfloat16, tokens=70):

@@ -1,6 +1,7 @@
 """Which implementation a masked op takes on a GPU, by token count and kind of selection.
 
-The thresholds are measurements on an H200 (benchmarks/results/masked_gemm_*.json), not theory.
+The thresholds are measurements on an H200 and an H100 (benchmarks/results/masked_gemm_*.json, dispatch_h100.json), not
+theory.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import few_tokens, many_tokens
-from .selection import BLOCKS, INDICES, PREFIX, UNIQUE, Selection
+from . import many_tokens
+from .selection import BLOCKS, INDICES, PREFIX, UNIQUE
 
-# Above this many tokens, copying the kept weights and calling cuBLAS beats the tile kernels.
+# Above this many tokens, copying the kept weights and calling cuBLAS beats the Triton tile kernels.
 COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
 # The same where the contraction runs over listed rows of a transposed weight.
 COMPACT_TOKENS_TRANSPOSED = 256
-# Forms that take the native kernels of csrc/ where these apply. "hidden": gate and up under a list, 256 tokens up to
-# where copying wins; "few": 1 to 16 tokens; "linear": one product under a list. None of them has raced the Triton
-# kernels on one card yet: they stay off until benchmarks/bench_dispatch.py says that they win. ("hidden" promises most:
-# 7B, half of the channels, 512 tokens took 77 us on an H100, the Triton kernel about 90 us on an H200.)
-NATIVE: frozenset[str] = frozenset()
-NATIVE_TOKENS = 256
+# Where Hopper's native kernel for lists of rows wins on an H100: gate and up from 256 tokens (at 64 Triton takes 41 us,
+# it 60) until the copy has paid for itself at 4,096 (Llama-2-7B, half: 579 against 624; three quarters: 866 against
+# 932; Llama-3-8B: 761 against 784, 1,229 against 1,227); one product alone up to 1,024 (91 against 94; at 2,048 192
+# against 157).
+NATIVE_PAIR = range(256, 4097)
+NATIVE_OUTPUTS = range(256, 1025)
 FEW_TILES = 100
 SMALL_TOKENS = 16
 
@@ -41,17 +42,6 @@ def kernels_apply(x: Tensor, *weights: Tensor) -> bool:
     """The kernels are built for 16-bit types and unit last strides; the reference path takes everything else."""
     sixteen_bit = x.dtype in (torch.bfloat16, torch.float16)
     return sixteen_bit and triton_available() and all(w.stride(-1) == 1 for w in weights)
-
-
-def few_tokens_apply(x: Tensor, *weights: Tensor) -> bool:
-    """True if these operands take the native kernels for 1 to 16 tokens."""
-    return "few" in NATIVE and few_tokens.apply(x, *weights)
-
-
-def few_tokens_mask(x: Tensor, selection: Selection, transposed: bool) -> Tensor | None:
-    """What the native kernels read to skip single input columns of a weight as ``nn.Linear`` holds it."""
-    wanted = "few" in NATIVE and x.is_cuda and x.shape[0] <= SMALL_TOKENS and not transposed
-    return selection.mask(x.device) if wanted else None
 
 
 def copy_engine(*tensors: Tensor) -> bool:
@@ -78,7 +68,7 @@ def compact(tensor: Tensor, dim: int, width: int, rows: Tensor | None) -> Tensor
 def linear_path(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, in_kind: int, in_width: int, transposed: bool
 ) -> str:
-    """Name of ``masked_linear``'s way: rows, columns, input blocks, output blocks, tiles, transposed, library."""
+    """How ``masked_linear`` goes: rows, columns, native, input blocks, output blocks, tiles, transposed or library."""
     tokens = x.shape[0]
     if not kernels_apply(x, weight) or 0 in (tokens, out_width, in_width):
         return "library"
@@ -86,9 +76,9 @@ def linear_path(
         return "rows"
     if tokens <= SMALL_TOKENS and out_kind == PREFIX:
         return "columns"
-    native = _native_linear(x, weight, out_kind, in_kind, transposed)
-    if native:
-        return native
+    listed = out_kind in (INDICES, UNIQUE) and in_kind == PREFIX and not transposed
+    if listed and tokens in NATIVE_OUTPUTS and many_tokens.apply(x, weight):
+        return "native"
     if out_kind == PREFIX and in_kind == PREFIX or tokens > COMPACT_TOKENS[max(out_kind, in_kind)]:
         return "library"
     if in_kind == BLOCKS and out_kind == PREFIX and copy_engine(x, weight):
@@ -102,19 +92,8 @@ def linear_path(
     return "library" if in_kind in (INDICES, UNIQUE) else "tiles"
 
 
-def _native_linear(x: Tensor, weight: Tensor, out_kind: int, in_kind: int, transposed: bool) -> str | None:
-    """Which form of Hopper's tile kernel the product takes, "native" or "native units"; None for the other ways."""
-    if "linear" not in NATIVE or out_kind == in_kind == PREFIX or x.shape[0] > COMPACT_TOKENS[BLOCKS]:
-        return None
-    if not many_tokens.apply(x, x.shape[1], weight):
-        return None
-    if transposed:
-        return "native units" if out_kind == PREFIX and weight.shape[1] % 8 == 0 else None
-    return "native" if in_kind in (PREFIX, BLOCKS) else None
-
-
 def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> str:
-    """Name of the implementation of gate, up and silu·mul: rows, tiles, blocks or library."""
+    """Name of the implementation of gate, up and silu·mul: reference, rows, native, tiles, blocks or library."""
     tokens = x.shape[0]
     if not kernels_apply(x, gate, up) or 0 in (tokens, width, x.shape[1]):
         return "reference"
@@ -122,9 +101,8 @@ def hidden_path(x: Tensor, gate: Tensor, up: Tensor, kind: int, width: int) -> s
         return "rows"
     if kind == PREFIX:
         return "library"
+    if kind != BLOCKS and tokens in NATIVE_PAIR and many_tokens.apply(x, gate, up):
+        return "native"
     if tokens > COMPACT_TOKENS[kind]:
         return "library"
-    listed = "hidden" in NATIVE and kind != BLOCKS and tokens >= NATIVE_TOKENS
-    if listed and many_tokens.apply(x, x.shape[1], gate, up):
-        return "native"
     return "blocks" if kind == BLOCKS and copy_engine(x, gate, up) else "tiles"

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from . import dispatch, few_tokens, many_tokens
+from . import dispatch, many_tokens
 from .library import LIBRARY
-from .selection import BLOCKS, PREFIX, UNIQUE, Selection
+from .selection import BLOCKS, UNIQUE, Selection
 
 LIBRARY.define(
     "masked_linear(Tensor x, Tensor weight, int out_kind, int out_width, Tensor? out_rows, Tensor? out_blocks, "
-    "int in_kind, int in_width, Tensor? in_rows, Tensor? in_blocks, bool transposed, Tensor? in_mask=None) -> Tensor"
+    "int in_kind, int in_width, Tensor? in_rows, Tensor? in_blocks, bool transposed) -> Tensor"
 )
 
 
@@ -61,7 +61,6 @@ def call(x: Tensor, weight: Tensor, out: Selection, into: Selection, transposed:
     return torch.ops.ppf.masked_linear(
         x, weight, out.kind, out.width, out.rows(device), out.block_list(device),
         into.input_kind, into.width, into.rows(device), into.block_list(device), transposed,
-        dispatch.few_tokens_mask(x, into, transposed),
     )  # fmt: skip
 
 
@@ -78,7 +77,7 @@ def kept_weight(
 def masked_linear_reference(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None,
     out_blocks: Tensor | None, in_kind: int, in_width: int, in_rows: Tensor | None, in_blocks: Tensor | None,
-    transposed: bool, in_mask: Tensor | None = None,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The same on any device, by slicing and selecting: x [t, in_width] -> [t, out_width]."""
     return F.linear(x, kept_weight(weight, out_width, out_rows, in_width, in_rows, transposed))
@@ -87,16 +86,14 @@ def masked_linear_reference(
 def masked_linear_cuda(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None,
     out_blocks: Tensor | None, in_kind: int, in_width: int, in_rows: Tensor | None, in_blocks: Tensor | None,
-    transposed: bool, in_mask: Tensor | None = None,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The choice on a GPU, see ``dispatch``."""
     path = dispatch.linear_path(x, weight, out_kind, out_width, in_kind, in_width, transposed)
     if path in ("rows", "columns"):
-        return _small(x, weight, path, out_width, out_rows, in_kind, in_rows, in_blocks, in_mask)
+        return _small(x, weight, path, out_width, out_rows, in_kind, in_rows, in_blocks)
     if path == "native":
-        return many_tokens.outputs(x, weight, out_rows, out_width, in_blocks)
-    if path == "native units":
-        return many_tokens.units(x, weight, in_rows, out_width)
+        return many_tokens.outputs(x, weight, out_rows, out_width)
     if path in ("input blocks", "output blocks"):
         from ppf.kernels import blocks
 
@@ -116,22 +113,14 @@ def masked_linear_cuda(
 
 def _small(
     x: Tensor, weight: Tensor, path: str, out_width: int, out_rows: Tensor | None, in_kind: int,
-    in_rows: Tensor | None, in_blocks: Tensor | None, in_mask: Tensor | None,
+    in_rows: Tensor | None, in_blocks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     from ppf.kernels import gemv
 
     if path == "columns":
-        kept = weight.narrow(1, 0, out_width)
-        native = dispatch.few_tokens_apply(x, kept) and out_width % 8 == 0
-        return (few_tokens if native else gemv).columns(x, kept, in_rows)
-    native = dispatch.few_tokens_apply(x, weight)
-    # Scattered columns touch nearly every 32-byte sector of a row: read whole rows against x put back in place.
-    if in_kind == UNIQUE and native and in_mask is not None and weight.shape[1] % 8 == 0:
-        full = few_tokens.spread(x, in_rows, weight.shape[1])
-        return few_tokens.rows(full, (weight,), out_rows, out_width, mask=in_mask, dependent=True)
-    if in_kind in (PREFIX, BLOCKS) and native and x.shape[1] % 8 == 0:
-        return few_tokens.rows(x, (weight,), out_rows, out_width, blocks=in_blocks)
+        return gemv.columns(x, weight.narrow(1, 0, out_width), in_rows)
     if in_kind == UNIQUE:
+        # Scattered columns touch nearly every 32-byte sector of a row: read whole rows against x put back in place.
         x, counts = gemv.expand(x, in_rows, weight.shape[1])
         return gemv.rows(x, (weight,), out_rows, out_width, gemv.MASKED, counts)
     entries = in_blocks if in_kind == BLOCKS else in_rows
@@ -141,7 +130,7 @@ def _small(
 def _masked_linear_fake(
     x: Tensor, weight: Tensor, out_kind: int, out_width: int, out_rows: Tensor | None,
     out_blocks: Tensor | None, in_kind: int, in_width: int, in_rows: Tensor | None, in_blocks: Tensor | None,
-    transposed: bool, in_mask: Tensor | None = None,
+    transposed: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], out_width)
 

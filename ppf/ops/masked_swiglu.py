@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from . import dispatch, few_tokens, many_tokens
+from . import dispatch, many_tokens
 from .library import LIBRARY
 from .masked_linear import as_tokens, check_columns, check_operands, masked_linear, masked_linear_cuda
-from .selection import BLOCKS, PREFIX, UNIQUE, Selection
+from .selection import PREFIX, Selection
 
 LIBRARY.define(
     "masked_swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int kind, int width, Tensor? rows, Tensor? blocks, "
-    "bool down_transposed, Tensor? mask=None) -> Tensor"
+    "bool down_transposed) -> Tensor"
 )
 
 
@@ -46,7 +46,6 @@ def masked_swiglu(
     y = torch.ops.ppf.masked_swiglu(
         tokens, gate, up, down, selection.input_kind, selection.width, selection.rows(device),
         selection.block_list(device), down_transposed,
-        dispatch.few_tokens_mask(tokens, selection, down_transposed),
     )  # fmt: skip
     return y.view(x.shape)
 
@@ -63,7 +62,7 @@ def check_shapes(up: Tensor, down: Tensor, channels: int, hidden: int, down_tran
 
 def masked_swiglu_reference(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
-    blocks: Tensor | None, down_transposed: bool, mask: Tensor | None = None,
+    blocks: Tensor | None, down_transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The same on any device, by slicing and selecting: x [t, H] -> [t, H]."""
     act = _hidden_reference(x, gate, up, width, rows)
@@ -100,39 +99,17 @@ def _hidden_cuda(
     return tiles.multiply_silu(*kept)
 
 
-def _few_tokens(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
-    blocks: Tensor | None, down_transposed: bool, mask: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """gate, up and down as native kernels, the later starting while the first runs; None where these do not fit."""
-    channels, hidden = gate.shape
-    if down_transposed:
-        act = few_tokens.rows(x, (gate, up), rows, width)
-        return few_tokens.columns(act, down, rows, dependent=True)
-    if kind == UNIQUE and mask is not None and channels % 8 == 0:
-        act = few_tokens.rows(x, (gate, up), rows, width, spread=channels)
-        return few_tokens.rows(act, (down,), None, hidden, mask=mask, dependent=True)
-    if kind in (PREFIX, BLOCKS) and width % 8 == 0:
-        act = few_tokens.rows(x, (gate, up), rows, width)
-        return few_tokens.rows(act, (down,), None, hidden, blocks=blocks, dependent=True)
-    return None
-
-
 def _masked_swiglu_cuda(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
-    blocks: Tensor | None, down_transposed: bool, mask: Tensor | None = None,
+    blocks: Tensor | None, down_transposed: bool,
 ) -> Tensor:  # fmt: skip
-    if dispatch.few_tokens_apply(x, gate, up, down) and 0 not in (x.shape[0], width) and x.shape[1] % 8 == 0:
-        y = _few_tokens(x, gate, up, down, kind, width, rows, blocks, down_transposed, mask)
-        if y is not None:
-            return y
     act = _hidden_cuda(x, gate, up, kind, width, rows, blocks)
     return masked_linear_cuda(act, down, PREFIX, gate.shape[1], None, None, kind, width, rows, blocks, down_transposed)
 
 
 def _masked_swiglu_fake(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, kind: int, width: int, rows: Tensor | None,
-    blocks: Tensor | None, down_transposed: bool, mask: Tensor | None = None,
+    blocks: Tensor | None, down_transposed: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 

@@ -34,7 +34,6 @@ class Selection:
         self.input_kind = UNIQUE if kind == INDICES and entries.unique().numel() == width else kind
         self._entries = entries
         self._rows = None if entries is None else _expand(entries, kind)
-        self._mask: Tensor | None = None
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
         self._grouped: dict[int, Selection] = {}
 
@@ -101,14 +100,6 @@ class Selection:
     def block_list(self, device: torch.device) -> Tensor | None:
         """Kept block numbers as int32 on ``device`` if this is a block selection, else None."""
         return self.entries(device) if self.kind == BLOCKS else None
-
-    def mask(self, device: torch.device) -> Tensor | None:
-        """int16 [total] on ``device``, -1 at kept units and 0 elsewhere; None unless these are indices that differ."""
-        if self.input_kind != UNIQUE:
-            return None
-        if self._mask is None:
-            self._mask = torch.zeros(self.total, dtype=torch.int16).index_fill_(0, self._rows.long(), -1)
-        return self._copy("mask", self._mask, device)
 
     def take(self, tensor: Tensor, dim: int) -> Tensor:
         """The kept part of ``tensor`` along ``dim``: a view for a prefix, else a copy."""
