@@ -22,8 +22,8 @@ import torch
 
 from ppf._version import versions
 from ppf.agent import Agent
+from ppf.candidates.sampling import RATIO_RANGE
 from ppf.grid import Grid
-from ppf.sampling import RATIO_RANGE
 from ppf.structure import Structure
 
 GRIDS = {

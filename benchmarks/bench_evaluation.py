@@ -26,7 +26,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ppf import checkpoint
-from ppf.calibration import calibrate
+from ppf.candidates.sampling import mutate, random_levels, random_ratios, uniform_policy
+from ppf.decoder.calibration import calibrate
+from ppf.decoder.weights import DecoderWeights, LayerWeights, permute_layer
 from ppf.evaluation import Evaluator
 from ppf.evaluation.plan import executed
 from ppf.evaluation.serial import Serial
@@ -34,10 +36,8 @@ from ppf.grid import Grid
 from ppf.library import Library, refit_layer
 from ppf.policy import Policy
 from ppf.ranking import rank_layer
-from ppf.sampling import mutate, random_levels, random_ratios, uniform_policy
 from ppf.structure import Structure
 from ppf.text import pack, read_tokens, take_tokens
-from ppf.weights import DecoderWeights, LayerWeights, permute_layer
 
 DEVICE = torch.device("cuda")
 LLAMA_2_7B = Structure(layers=32, hidden=4096, kv_groups=32, heads_per_group=1, head_dim=128, channels=11008)

@@ -27,16 +27,16 @@ from bench_evaluation import DEVICE, LLAMA_2_7B, VOCABULARY, random_weights, sec
 from torch import Tensor
 
 from ppf import checkpoint
-from ppf.calibration import LayerStatistics, calibrate
+from ppf.candidates.sampling import uniform_policy
+from ppf.decoder.calibration import LayerStatistics, calibrate
+from ppf.decoder.plain import masked_losses
+from ppf.decoder.weights import DecoderWeights, LayerRanking, expand_units, permute_layer
 from ppf.evaluation import Evaluator
 from ppf.grid import Grid
 from ppf.library import Library, Refit, library_bytes, refit_layer
-from ppf.plain import masked_losses
 from ppf.policy import Policy
 from ppf.ranking import rank_layer
-from ppf.sampling import uniform_policy
 from ppf.text import pack, read_tokens, take_tokens
-from ppf.weights import DecoderWeights, LayerRanking, expand_units, permute_layer
 
 CALIBRATION_TOKENS = 131_072
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppf.candidates.sampling import random_levels, random_ratios
 from ppf.grid import Grid
 from ppf.predictor import KINDS, CapturedPredictor, make_predictor
-from ppf.sampling import random_levels, random_ratios
+from ppf.predictor.training import fit_predictor
 from ppf.structure import Structure
-from ppf.training import fit_predictor
 
 GRID = Grid(Structure(layers=16, hidden=256, kv_groups=4, heads_per_group=2, head_dim=32, channels=768), 64)
 DRAWN = 1 << 11

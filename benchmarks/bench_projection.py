@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from ppf._version import versions
+from ppf.budget.projection import Projector
 from ppf.files import write_json
 from ppf.grid import Grid
-from ppf.projection import Projector
 from ppf.structure import Structure
 
 SHAPES = {

@@ -7,18 +7,16 @@
 Importing ppf registers ``ppf_llama`` with transformers' Auto classes.
 """
 
-from . import models as _models  # noqa: F401  (registers the Auto classes)
 from .checkpoint import save
+from .elastic.loading import load
 from .errors import InputError, PPFError
 from .fitting import fit
 from .grid import Grid
 from .models import PPFLlamaConfig, PPFLlamaForCausalLM
 from .policy import Policy
 from .recovery import RecoverySettings, recover
-from .run import Answer, Run
+from .run import Answer, Run, Settings
 from .runtime import accelerate
-from .runtime.loading import load
-from .settings import Settings
 from .structure import Structure
 
 __all__ = [

@@ -17,11 +17,16 @@ from .errors import InputError
 from .policy import Policy
 from .structure import Structure
 
+# Portable policies are those that every reader accepts: attention whole in every layer, FFN widths in multiples of 256
+# or none. Whole attention, because DeciLM has one number of query heads for the model and vLLM's general back end gives
+# every layer a cache. 256, because DeciLM's readers round up to it and GGUF's K-quants need it.
+PORTABLE_MULTIPLE = 256
+
 
 @dataclass(frozen=True)
 class Grid:
     """The widths allowed on ``structure``. Layer 0 keeps at least one kv-group (see docs: what a policy may be);
-    ``portable`` policies keep all attention (see :mod:`ppf.portable`)."""
+    ``portable`` policies keep all attention, as every reader accepts it."""
 
     structure: Structure
     ffn_multiple: int = 64
@@ -119,3 +124,9 @@ class Grid:
                 name = f"policy.{'attention' if index < layers else 'ffn'}[{index % layers}]"
                 remedy = f"Use a multiple of {step} from {low * step} to {high * step}"
                 raise InputError(name, width, "is off the grid", remedy)
+
+
+def portable_multiple(structure: Structure) -> int:
+    """The step of portable FFN widths: 256, or else the largest smaller number that divides the channels, which all
+    readers but DeciLM's accept."""
+    return next(m for m in range(PORTABLE_MULTIPLE, 0, -1) if structure.channels % m == 0)

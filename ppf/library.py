@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calibration import LayerStatistics, Statistics
+from .decoder.calibration import LayerStatistics, Statistics
+from .decoder.weights import LayerRanking, LayerWeights, expand_units
 from .errors import PPFError
 from .files import write_safetensors
 from .grid import Grid
-from .weights import LayerRanking, LayerWeights, expand_units
 
 # Share of the Gram's mean diagonal added to it. See dev/LOG.md for the values tried.
 DAMPING = 1e-3

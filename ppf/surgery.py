@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from .decoder.weights import DecoderWeights, LayerRanking, expand_units
 from .grid import Grid
 from .library import Library
 from .models import build, pruned_config
 from .ops.gather import gather_many
 from .policy import Policy
-from .weights import DecoderWeights, LayerRanking, expand_units
 
 
 def materialize(

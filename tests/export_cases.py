@@ -14,17 +14,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ppf.calibration import calibrate
+from ppf.candidates.sampling import random_levels
 from ppf.checkpoint import load_dense, load_tokenizer, save
+from ppf.decoder.calibration import calibrate
+from ppf.decoder.weights import DecoderWeights, permute_layer
 from ppf.grid import Grid
 from ppf.library import Library, refit_layer
 from ppf.models import pruned_config
 from ppf.policy import Policy
 from ppf.ranking import rank_layer
-from ppf.sampling import random_levels
 from ppf.surgery import materialize
 from ppf.text import pack, read_tokens
-from ppf.weights import DecoderWeights, permute_layer
 
 SAMPLE = TINY.parent / "sample.txt"
 # Layers without attention, without FFN, with neither; the last one of the second is absent too.

@@ -14,15 +14,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppf import calibration, collection, fitting
-from ppf.breeding import Effort
+from ppf.candidates.breeding import Effort
+from ppf.decoder import calibration
+from ppf.decoder.weights import DecoderWeights, LayerRanking
 from ppf.experience import Evaluation
+from ppf.fitting import collection, stages
 from ppf.grid import Grid
 from ppf.models import build
 from ppf.models.layout import expected_tensors
 from ppf.policy import Policy
 from ppf.structure import Structure
-from ppf.weights import DecoderWeights, LayerRanking
 
 TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
 VOCABULARY = 258  # 256 bytes, begin and end
@@ -123,9 +124,9 @@ def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
 def quick_learning(patch: pytest.MonkeyPatch) -> None:
     """Train predictors and agents of the fit loop for a few steps only: tests of the loop need no good ones."""
     learn, quick = collection.learn, {"effort": 0.05, "experts": 0}
-    for module in (collection, fitting):
+    for module in (collection, stages):
         patch.setattr(module, "learn", lambda *arguments, **named: learn(*arguments, **(named | quick)))
-    patch.setattr("ppf.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
+    patch.setattr("ppf.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 
 def synthetic_log_perplexity(grid: Grid, levels: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from ppf.agent import Agent, CapturedAgent, train_agent, training
 from ppf.agent.relaxation import relax
+from ppf.candidates.sampling import random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError
 from ppf.grid import Grid
 from ppf.predictor import Predictor
 from ppf.predictor.mlp import MLP
-from ppf.sampling import random_levels, random_ratios, uniform_policy
+from ppf.predictor.training import fit_predictor
 from ppf.structure import Structure
-from ppf.training import fit_predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # An attention step costs 2.7 FFN steps.

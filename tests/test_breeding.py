@@ -4,10 +4,10 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity
 
-from ppf.breeding import Effort, breed, cautious, move
+from ppf.candidates.breeding import Effort, breed, cautious, move
+from ppf.candidates.sampling import random_levels
 from ppf.grid import Grid
 from ppf.predictor import Prediction
-from ppf.sampling import random_levels
 from ppf.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

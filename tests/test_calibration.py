@@ -4,9 +4,9 @@ import pytest
 import torch
 from factories import dense_weights, llama, llama_config, random_ranking, tokens, track_grams
 
-from ppf.calibration import calibrate
+from ppf.decoder.calibration import calibrate
+from ppf.decoder.weights import DecoderWeights
 from ppf.text import BATCH_TOKENS
-from ppf.weights import DecoderWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

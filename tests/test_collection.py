@@ -10,12 +10,12 @@ import pytest
 import torch
 from factories import dense_weights, quick_learning, random_ranking, synthetic_log_perplexity, tokens
 
-from ppf import collection
-from ppf.collection import collect, learn, schedule
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
+from ppf.fitting import collection
+from ppf.fitting.collection import collect, learn, schedule
 from ppf.grid import Grid
-from ppf.settings import MINIMUM_EVALUATIONS
+from ppf.run.settings import MINIMUM_EVALUATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVALUATIONS = 44  # three rounds

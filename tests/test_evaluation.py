@@ -8,7 +8,9 @@ import pytest
 import torch
 from factories import dense_weights, llama, llama_config, random_ranking, tokens
 
-from ppf.calibration import calibrate
+from ppf.candidates.sampling import mutate, random_levels
+from ppf.decoder.calibration import calibrate
+from ppf.decoder.weights import DecoderWeights, LayerRanking, expand_units
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator, batched
 from ppf.evaluation.divergence import Divergences
@@ -18,9 +20,7 @@ from ppf.evaluation.staged import survivors
 from ppf.grid import Grid
 from ppf.library import Library, refit_layer
 from ppf.policy import Policy
-from ppf.sampling import mutate, random_levels
 from ppf.text import BATCH_TOKENS
-from ppf.weights import DecoderWeights, LayerRanking, expand_units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = tokens(5, 24)

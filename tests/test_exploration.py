@@ -6,11 +6,11 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity, synthetic_rows
 
-from ppf.collection import learn
+from ppf.candidates.sampling import random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError, PPFError
-from ppf.exploration import check_evaluations, frontier, initial_proposals, next_proposals
+from ppf.fitting.collection import learn
 from ppf.grid import Grid
-from ppf.sampling import random_levels, random_ratios, uniform_policy
+from ppf.search.exploration import check_evaluations, frontier, initial_proposals, next_proposals
 from ppf.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,12 +12,12 @@ from factories import quick_learning, track_grams, write_checkpoint, write_text
 from safetensors.torch import load_file, save_file
 
 import ppf
-from ppf import fitting
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
-from ppf.run import MANIFEST, ROUNDS, Run
-from ppf.settings import Settings
+from ppf.fitting import stages
+from ppf.run import Run, Settings
+from ppf.run.directory import MANIFEST, ROUNDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)  # as tiny_run
@@ -103,9 +103,9 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tiny_run, tmp_path,
         patch.setattr(module, name, wrapped)
         return patch
 
-    deaths = [(fitting, "write_json", 0), (fitting, "save_refits", 0), (fitting, "refit_layer", 2)]
+    deaths = [(stages, "write_json", 0), (stages, "save_refits", 0), (stages, "refit_layer", 2)]
     deaths += [(Evaluator, "log_perplexities", draw.randrange(1, 4)) for _ in range(3)]
-    deaths += [(fitting, "write_safetensors", 0), (fitting, "write_json", 0)]
+    deaths += [(stages, "write_safetensors", 0), (stages, "write_json", 0)]
     for index, (module, name, at) in enumerate(deaths):
         patch = dying(module, name, at)
         with pytest.raises(Killed):
@@ -221,7 +221,7 @@ def test_an_evaluation_text_of_its_own(tiny_run, tmp_path):
 
 def test_one_layers_grams_at_a_time(tiny_run, tmp_path, monkeypatch):
     living = track_grams(monkeypatch)
-    monkeypatch.setattr(fitting, "collect", lambda *_: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(stages, "collect", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         fit(tiny_run, tmp_path / "run")
     assert living.peak == 2

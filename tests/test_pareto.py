@@ -7,11 +7,11 @@ import shutil
 import pytest
 from cli_cases import answer, ppf, refusal
 
+from ppf.delivery.pareto import frontier
+from ppf.delivery.profiling import Profile, Workload
+from ppf.delivery.request import PROFILE, save_profile
 from ppf.experience import Evaluation
-from ppf.pareto import frontier
 from ppf.policy import Policy
-from ppf.profiling import Profile, Workload
-from ppf.request import PROFILE, save_profile
 from ppf.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

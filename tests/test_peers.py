@@ -8,6 +8,7 @@ import torch
 from factories import synthetic_log_perplexity
 
 from ppf.budget import ratio_budget
+from ppf.decoder.plain import masked_losses
 from ppf.errors import InputError
 from ppf.peers import PEERS, Meter, PeerStatistics, peer_named
 from ppf.peers.activations import observe
@@ -15,7 +16,6 @@ from ppf.peers.alphapruning import tail_index
 from ppf.peers.dropping import kept_after, sublayer_costs
 from ppf.peers.flap import _above_threshold
 from ppf.peers.tracenas import _Agreement
-from ppf.plain import masked_losses
 from ppf.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,18 +10,18 @@ import torch
 from cli_cases import answer, ppf, refusal
 from factories import llama_config, quick_learning, write_checkpoint, write_text
 
-from ppf import price as price_module
+from ppf.budget.projection import projector_of
+from ppf.candidates.sampling import mutate, random_levels, uniform_policy
+from ppf.delivery import price as price_module
+from ppf.delivery.portable import choose_portable, portable_grid
 from ppf.errors import InputError
 from ppf.export import open_source, to_deci, to_gguf, to_hf, to_vllm
 from ppf.export.routes import routes
 from ppf.fitting import fit
-from ppf.grid import Grid
+from ppf.grid import PORTABLE_MULTIPLE, Grid, portable_multiple
 from ppf.policy import Policy
-from ppf.portable import MULTIPLE, choose_portable, portable_grid, portable_multiple, portable_settings
-from ppf.projection import projector_of
-from ppf.run import Run
-from ppf.sampling import mutate, random_levels, uniform_policy
-from ppf.settings import Settings
+from ppf.run import Run, Settings
+from ppf.run.settings import portable_settings
 from ppf.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,7 +120,7 @@ def test_a_portable_fit_learns_portable_policies_only(folder, tmp_path, monkeypa
     quick_learning(monkeypatch)
     arguments = ("fit", folder / "model", "--text", folder / "text.txt", "--output", tmp_path / "run", *QUICK)
     facts = answer(*arguments, "--portable")
-    assert facts["settings"]["portable"] is True and facts["settings"]["ffn_multiple"] == MULTIPLE
+    assert facts["settings"]["portable"] is True and facts["settings"]["ffn_multiple"] == PORTABLE_MULTIPLE
     run = Run(tmp_path / "run")
     assert all(is_portable(row.policy) for row in run.experience.rows())
     check_prices(run, facts["portable"])

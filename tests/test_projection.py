@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
+from ppf.budget.projection import Projector, check_ratio, nearest
+from ppf.candidates.sampling import random_levels
 from ppf.errors import InputError
 from ppf.grid import Grid
-from ppf.projection import Projector, check_ratio, nearest
-from ppf.sampling import random_levels
 from ppf.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from factories import dense_weights, tokens
 
-from ppf.calibration import Statistics, calibrate
+from ppf.decoder.calibration import Statistics, calibrate
 from ppf.errors import InputError, PPFError
-from ppf.ranking import RANKINGS, Scored, rank_layer, ranking_named
-from ppf.ranking_obs import removal_scores
+from ppf.ranking import RANKINGS, rank_layer, ranking_named
+from ppf.ranking.obs import removal_scores
+from ppf.ranking.scores import Scored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,9 +6,8 @@ from factories import dense_weights, quick_learning, tokens
 
 import ppf
 from ppf.ranking import check_ranking, rank_layer
-from ppf.ranking_gradient import GRADIENT_RANKINGS, _channels, gradient_scores, loraprune, taylor
-from ppf.run import Run
-from ppf.settings import Settings
+from ppf.ranking.gradient import GRADIENT_RANKINGS, _channels, gradient_scores, loraprune, taylor
+from ppf.run import Run, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +37,7 @@ def test_taylor_is_transformers_gradient_times_the_weights(heads):
 
 def test_loraprune_first_step_is_the_gradient_through_a_random_projection(monkeypatch):
     """With B zero, ĝ is B′A = G·Aᵀ·A: the true gradient G projected twice."""
-    monkeypatch.setattr("ppf.ranking_gradient._STEPS", 1)
+    monkeypatch.setattr("ppf.ranking.gradient._STEPS", 1)
     _, weights = dense_weights()
     ids = tokens(40, 24)
     found = loraprune(weights, ids, seed=3)

@@ -19,14 +19,14 @@ from factories import llama, llama_config, tokens, write_checkpoint, write_text
 from safetensors.torch import load_file
 
 from ppf import InputError, PPFError, RecoverySettings, Run, checkpoint, recover
+from ppf.decoder.scoring import model_log_perplexity
+from ppf.delivery.results import Choice, deliver
 from ppf.policy import Policy
 from ppf.recovery import objective, training
 from ppf.recovery.corpus import Corpus
 from ppf.recovery.methods import Student
 from ppf.recovery.objective import Objective
 from ppf.recovery.training import schedule
-from ppf.results import Choice, deliver
-from ppf.scoring import model_log_perplexity
 from ppf.text import pack, read_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")

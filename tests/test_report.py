@@ -10,6 +10,7 @@ import torch
 from cli_cases import answer, ppf
 from factories import synthetic_log_perplexity
 
+from ppf.candidates.sampling import random_levels, random_ratios
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
@@ -18,7 +19,6 @@ from ppf.predictor import make_predictor
 from ppf.report import baselines, heldout, report
 from ppf.report.metrics import by_ratio, scores
 from ppf.run import Run
-from ppf.sampling import random_levels, random_ratios
 from ppf.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

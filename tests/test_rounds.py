@@ -6,12 +6,12 @@ import pytest
 import torch
 from factories import dense_weights, quick_learning, random_ranking, tokens
 
-from ppf.collection import collect, schedule
 from ppf.evaluation import Evaluator
 from ppf.experience import Experience
+from ppf.fitting.collection import collect, schedule
+from ppf.fitting.rounds import Journal, Round
 from ppf.grid import Grid
 from ppf.predictor import Prediction
-from ppf.rounds import Journal, Round
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import ppf
 from ppf.errors import InputError
 from ppf.policy import Policy
-from ppf.run import MANIFEST, Run, layer_file
+from ppf.run import Run
+from ppf.run.directory import MANIFEST, layer_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

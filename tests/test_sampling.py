@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ppf.candidates.sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError
 from ppf.grid import Grid
-from ppf.sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform_policy
 from ppf.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,13 +7,13 @@ import torch
 from factories import dense_weights, random_ranking, synthetic_log_perplexity, tokens
 
 from ppf.agent import Agent
-from ppf.breeding import Effort
-from ppf.collection import Fitted, collect, learn
+from ppf.candidates.breeding import Effort
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator
+from ppf.evaluation.measurement import measure
 from ppf.experience import Experience
+from ppf.fitting.collection import Fitted, collect, learn
 from ppf.grid import Grid
-from ppf.measurement import measure
 from ppf.predictor import make_predictor
 from ppf.search import SEARCH_ROUND, Search
 from ppf.structure import Structure
@@ -33,8 +33,8 @@ class Synthetic(Evaluator):
 
 @pytest.fixture(autouse=True)
 def small_generations(monkeypatch):
-    monkeypatch.setattr("ppf.search._EFFORT", Effort(generations=4, offspring=16, keep=16))
-    monkeypatch.setattr("ppf.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
+    monkeypatch.setattr("ppf.search.static._EFFORT", Effort(generations=4, offspring=16, keep=16))
+    monkeypatch.setattr("ppf.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 
 def evaluator() -> Synthetic:

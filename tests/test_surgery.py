@@ -10,8 +10,10 @@ import torch
 from factories import TINY, byte_tokenizer, llama, llama_config, random_ranking, tokens
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
-from ppf.calibration import calibrate
+from ppf.candidates.sampling import uniform_policy
 from ppf.checkpoint import load_dense, load_tokenizer, save
+from ppf.decoder.calibration import calibrate
+from ppf.decoder.weights import DecoderWeights, permute_layer
 from ppf.errors import InputError
 from ppf.evaluation import Evaluator
 from ppf.grid import Grid
@@ -19,10 +21,8 @@ from ppf.library import Library, refit_layer
 from ppf.models import PPFLlamaForCausalLM, policy_of
 from ppf.policy import Policy
 from ppf.ranking import rank_layer
-from ppf.sampling import uniform_policy
 from ppf.surgery import materialize
 from ppf.text import pack, read_tokens
-from ppf.weights import DecoderWeights, permute_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = tokens(4, 24, seed=5)

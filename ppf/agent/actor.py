@@ -2,7 +2,7 @@
 
 Two networks add up. One sees the budget alone and has outputs of its own for every sub-layer and level; the other is
 shared by all of them and sees their state: kind, depth, level, the error energy that the library's refit leaves there,
-and the budget. The projection (:mod:`ppf.projection`) turns utilities into the levels that meet the budget.
+and the budget. The projection (:mod:`ppf.budget.projection`) turns utilities into the levels that meet the budget.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..budget.projection import Projector, nearest
 from ..grid import Grid
 from ..library import Library
-from ..projection import Projector, nearest
 from .features import BUDGET_FEATURES, STATE_FEATURES, budget_features, state_features
 from .relaxation import relax
 

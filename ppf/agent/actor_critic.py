@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..breeding import cautious, move
+from ..candidates.breeding import cautious, move
 from ..predictor import Predictor
 from .actor import Agent
 from .episodes import stratified_ratios

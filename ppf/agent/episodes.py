@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from ..sampling import RATIO_RANGE
+from ..candidates.sampling import RATIO_RANGE
 
 
 def stratified_ratios(count: int, generator: Generator) -> Tensor:

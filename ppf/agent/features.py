@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..candidates.sampling import RATIO_RANGE
 from ..grid import Grid
-from ..sampling import RATIO_RANGE
 
 _WAVES = 3
 # Bumps over the range of ratios let the answer at one size differ from that at another without disturbing the rest.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..breeding import Effort, cautious
+from ..candidates.breeding import Effort, cautious
 from ..errors import InputError
 from ..predictor import Predictor
 from .actor import Agent

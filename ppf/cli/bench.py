@@ -86,7 +86,7 @@ def _measure(
 def _models(path: Path, ratios: str, device: str, dtype: str) -> Iterator[tuple[float, Any]]:
     """(ratio, model): one checkpoint, or an elastic model set to one ratio after the other."""
     from ..checkpoint import resolve_device
-    from ..runtime.loading import load
+    from ..elastic.loading import load
 
     if not (path / "run.json").is_file():
         from .eval import load_for_computing

@@ -60,8 +60,8 @@ def _open(
 ) -> Run:
     """The run at ``path``, or the one that fits the model at ``path`` and stands beside the comparison."""
     from ..fitting import fit
-    from ..run import MANIFEST, Run
-    from ..settings import Settings
+    from ..run import Run, Settings
+    from ..run.directory import MANIFEST
 
     if (path / MANIFEST).exists():
         if text is not None:

@@ -25,7 +25,8 @@ def info(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a run.")], as_json: Json = False
 ) -> None:
     """Facts about a checkpoint (dense or pruned) or a run. Reads no weights."""
-    from ..run import MANIFEST, Run
+    from ..run import Run
+    from ..run.directory import MANIFEST
 
     if (path / MANIFEST).exists():
         facts = run_facts(Run(path))

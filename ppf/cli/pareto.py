@@ -19,9 +19,9 @@ def pareto(
     as_json: Json = False,
 ) -> None:
     """Predicted and measured perplexity against size and, after `ppf profile`, latency: a page, JSON and a table."""
+    from ..delivery.pareto import pareto as curve
+    from ..delivery.pareto import pareto_page
     from ..files import write_json
-    from ..pareto import pareto as curve
-    from ..pareto import pareto_page
     from ..run import Run
 
     data, folder = curve(Run(run)), output or run

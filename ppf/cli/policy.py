@@ -20,7 +20,7 @@ def policy(
     as_json: Json = False,
 ) -> None:
     """The agent's policy for a size, with its predicted perplexity, in milliseconds."""
-    from ..request import Request, answer
+    from ..delivery.request import Request, answer
     from ..run import Run
 
     opened = Run(run)

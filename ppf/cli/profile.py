@@ -12,8 +12,8 @@ from .console import lines, progress_bars, show
 from .options import Device, Json
 
 if TYPE_CHECKING:
+    from ..delivery.profiling import Build, Profile
     from ..grid import Grid
-    from ..profiling import Build, Profile
     from ..progress import Progress
 
 
@@ -31,8 +31,8 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure the latency of every width on this device, for --latency-ms and --tokens-per-second."""
-    from ..profiling import Workload, check_workload
-    from ..request import PROFILE, save_profile
+    from ..delivery.profiling import Workload, check_workload
+    from ..delivery.request import PROFILE, save_profile
 
     grid, build, context, facts, is_run = _open(path, ffn_multiple, device)
     if output is None and not is_run:
@@ -57,11 +57,12 @@ def _open(path: Path, ffn_multiple: int, device: str) -> tuple[Grid, Build, int,
     import torch
 
     from .. import checkpoint
+    from ..decoder.weights import DecoderWeights, LayerRanking
+    from ..delivery.profiling import profile_facts
     from ..grid import Grid
-    from ..profiling import profile_facts
-    from ..run import MANIFEST, Run
+    from ..run import Run
+    from ..run.directory import MANIFEST
     from ..surgery import materialize
-    from ..weights import DecoderWeights, LayerRanking
 
     is_run = (path / MANIFEST).exists()
     target = checkpoint.resolve_device(device)
@@ -78,7 +79,7 @@ def _open(path: Path, ffn_multiple: int, device: str) -> tuple[Grid, Build, int,
 
 
 def _measure(grid: Grid, build: Build, workloads: tuple, progress: Progress) -> list[Profile]:
-    from ..profiling import measure_profile
+    from ..delivery.profiling import measure_profile
 
     return [
         measure_profile(grid, build, w, lambda _, done, total, w=w: progress(f"profile {w.phase}", done, total))

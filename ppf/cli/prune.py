@@ -14,9 +14,9 @@ from .options import Context, Device, Flops, Force, Json, LatencyMs, MemoryGb, R
 from .policy import predicted
 
 if TYPE_CHECKING:
+    from ..delivery.request import Request
+    from ..delivery.results import Choice
     from ..progress import Progress
-    from ..request import Request
-    from ..results import Choice
     from ..run import Run
 
 
@@ -39,8 +39,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
-    from ..request import Request
-    from ..results import check_destination, deliver
+    from ..delivery.request import Request
+    from ..delivery.results import check_destination, deliver
     from ..run import Run
 
     opened = Run(run, device=device)
@@ -66,8 +66,8 @@ def _routes(output: Path) -> dict[str, str | None]:
 def _choose(
     run: Run, request: Request, search: int | None, policy: Path | None, portable: bool, progress: Progress
 ) -> Choice:
-    from ..portable import choose_portable
-    from ..results import Choice, choose_for, read_policy
+    from ..delivery.portable import choose_portable
+    from ..delivery.results import Choice, choose_for, read_policy
 
     if policy is not None:
         for name, value in (*request.given.items(), ("search", search), ("portable", portable or None)):

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from .._version import versions
+from ..budget.projection import check_ratio
 from ..checkpoint import load_tokenizer
 from ..errors import InputError
 from ..files import write_json
 from ..progress import Progress, silent
-from ..projection import check_ratio
-from ..protocol import Protocol
-from ..run import Run
+from ..run import Protocol, Run
 from ..text import pack, read_tokens, take_tokens
 from .cells import Cells, compute
 from .methods import ALL, Method, parse_methods

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..budget import ratio_budget
-from ..calibration import LayerStatistics
+from ..decoder.calibration import LayerStatistics
+from ..decoder.plain import masked_losses
+from ..decoder.weights import DecoderWeights, LayerRanking, expand_units
 from ..peers import PEERS, PeerStatistics
-from ..plain import masked_losses
 from ..policy import Policy
 from ..precision import compute_dtype
 from ..ranking import rank_layer
 from ..run import Run
-from ..weights import DecoderWeights, LayerRanking, expand_units
 
 # At once: all their logits are in memory.
 _TOKENS = 8_192

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from ..budget import ratio_budget
+from ..delivery.results import choose
 from ..experience import Experience
 from ..files import write_json
 from ..peers import PEERS, PeerStatistics
 from ..policy import Policy
 from ..progress import Progress, silent
-from ..results import choose
 from ..run import Run
 from .asis import AS_IS, measure_as_is
 from .methods import Method

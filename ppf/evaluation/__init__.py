@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import norm
+from ..decoder.forward import norm
+from ..decoder.weights import DecoderWeights
 from ..grid import Grid
 from ..library import Library
 from ..policy import Policy
 from ..text import take_tokens
-from ..weights import DecoderWeights
 from . import batched
 from .batched import Batched
 from .divergence import Divergences

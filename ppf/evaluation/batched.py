@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..decoder.weights import DecoderWeights, LayerWeights
 from ..grid import Grid
 from ..library import Library
 from ..ops import dispatch
 from ..ops.members import interleave, interleave_heads
 from ..structure import Structure
-from ..weights import DecoderWeights, LayerWeights
 from .plan import executed, order, shared
 
 # Tokens of all members of a chunk: work for a GPU to be busy for some milliseconds, in about 1.5 GB.

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import logit_block, norm
+from ..decoder.forward import logit_block, norm
+from ..decoder.weights import DecoderWeights
 from ..grid import Grid
-from ..weights import DecoderWeights
 from .batched import Batched
 from .plan import executed
 from .serial import Serial

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import accumulate, attention_inner, ffn_inner, norm, rope, token_losses
+from ..decoder.forward import accumulate, attention_inner, ffn_inner, norm, rope, token_losses
+from ..decoder.weights import DecoderWeights
 from ..grid import Grid
 from ..library import Library
 from ..text import batches
-from ..weights import DecoderWeights
 from .plan import Step, executed, walk
 
 # For activations of the dense model below the first pruned sub-layer.

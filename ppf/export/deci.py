@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..portable import MULTIPLE
+from ..grid import PORTABLE_MULTIPLE
 from .hf import write_copy
 from .source import Source, check_destination
 
@@ -43,7 +43,7 @@ def deci_config(source: Source) -> dict[str, Any]:
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "num_attention_heads": heads,
         "num_key_value_heads": max(kv_heads for _, kv_heads, _ in source.widths),
-        "intermediate_size": max(channels for _, _, channels in source.widths) or MULTIPLE,
+        "intermediate_size": max(channels for _, _, channels in source.widths) or PORTABLE_MULTIPLE,
         "block_configs": [_block(*widths, hidden=config.hidden_size) for widths in source.widths],
         "per_layer_config": None,
         # Beside rope_parameters, for readers older than transformers 5.
@@ -72,6 +72,6 @@ def _require_global_heads(source: Source, heads: int) -> None:
 
 def _require_multiples(source: Source) -> None:
     for index, (_, _, channels) in enumerate(source.widths):
-        if channels % MULTIPLE:
-            problem = f"DeciLM's readers round FFN widths up to a multiple of {MULTIPLE}"
+        if channels % PORTABLE_MULTIPLE:
+            problem = f"DeciLM's readers round FFN widths up to a multiple of {PORTABLE_MULTIPLE}"
             raise InputError(f"FFN channels of layer {index}", channels, problem, _PORTABLE)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import attention_inner, ffn_inner, norm, rope
+from ..decoder.forward import attention_inner, ffn_inner, norm, rope
+from ..decoder.weights import DecoderWeights, LayerWeights
 from ..text import batches
-from ..weights import DecoderWeights, LayerWeights
 
 
 @dataclass(frozen=True)

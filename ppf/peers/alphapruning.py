@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
+from ..decoder.weights import LayerWeights
 from ..policy import Policy
 from ..structure import Structure
-from ..weights import LayerWeights
 from .statistics import PeerStatistics
 
 _SPREAD = 0.3  # ε: ratios lie between 1 − ε and 1 + ε times their mean

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..budget import Budget
+from ..candidates.sampling import mutate
 from ..policy import Policy
-from ..sampling import mutate
 from ..structure import Structure
 from .statistics import PeerStatistics
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..calibration import Moments
+from ..decoder.calibration import Moments
 from ..policy import Policy
-from ..ranking import Scored, flap_wifv
+from ..ranking.scores import Scored, flap_wifv
 from ..structure import Structure
 from .statistics import PeerStatistics
 

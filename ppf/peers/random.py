@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..budget import Budget
+from ..candidates.sampling import random_levels
 from ..policy import Policy
-from ..sampling import random_levels
 from ..structure import Structure
 from .statistics import PeerStatistics
 

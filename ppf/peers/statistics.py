@@ -8,14 +8,14 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ..calibration import Moments
+from ..decoder.calibration import Moments
+from ..decoder.weights import DecoderWeights, expand_units
 from ..errors import InputError
 from ..evaluation import Evaluator
 from ..grid import Grid
 from ..policy import Policy
 from ..run import Run
 from ..text import take_tokens
-from ..weights import DecoderWeights, expand_units
 from .activations import LayerActivations, observe
 
 # Cosines and norms are means over tokens: this many give them to three digits.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..plain import masked_losses
+from ..decoder.plain import masked_losses
+from ..decoder.weights import DecoderWeights
 from ..policy import Policy
 from ..structure import Structure
 from ..text import take_tokens
-from ..weights import DecoderWeights
 from .evolution import evolve
 from .statistics import PeerStatistics
 

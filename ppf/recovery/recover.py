@@ -17,11 +17,11 @@ from ..checkpoint.checks import REPORT, existing_folder, read_config
 from ..checkpoint.hashes import sha256_of
 from ..checkpoint.headers import read_json
 from ..checkpoint.writing import model_bytes
+from ..decoder.scoring import in_compute_dtype, model_log_perplexity
 from ..errors import InputError
 from ..files import check_output, require_space
 from ..progress import Progress, silent
-from ..protocol import Protocol
-from ..scoring import in_compute_dtype, model_log_perplexity
+from ..run import Protocol
 from ..text import check_context, pack, read_tokens
 from .corpus import Corpus
 from .methods import Student, require_installed

@@ -16,8 +16,7 @@ from ..experience import Experience
 from ..files import write_json
 from ..predictor import Predictor, predictor_named
 from ..progress import Progress, silent
-from ..protocol import Protocol
-from ..run import Run
+from ..run import Protocol, Run
 from . import baselines
 from .heldout import STORE, HeldOut, held_out_policies, measure_all, training_rows
 from .latency import latency

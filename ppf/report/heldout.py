@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..breeding import Effort, breed, cautious, move
+from ..candidates.breeding import Effort, breed, cautious, move
+from ..candidates.sampling import mutate, random_levels
 from ..errors import InputError
 from ..evaluation import Evaluator
+from ..evaluation.measurement import measure_many
 from ..experience import Evaluation, Experience
-from ..exploration import frontier
-from ..measurement import measure_many
 from ..policy import Policy
 from ..progress import Progress
 from ..run import Run
-from ..sampling import mutate, random_levels
 from ..search import SEARCH_ROUND
+from ..search.exploration import frontier
 
 STORE = "held-out.sqlite"
 GROUPS = ("random", "visited")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..candidates.sampling import random_levels, random_ratios
 from ..predictor import CapturedPredictor, Predictor
-from ..sampling import random_levels, random_ratios
 
 _BATCH = {"cuda": 1 << 17, "cpu": 1 << 11}
 _DRAWN = 1 << 10

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..predictor import Predictor, make_predictor
+from ..predictor.training import fit_predictor
 from ..progress import Progress
-from ..training import fit_predictor
 from . import baselines
 from .heldout import HeldOut
 from .metrics import by_ratio

@@ -1,0 +1,56 @@
+"""The fit loop's journal: how far the predictor was off at the agent's own policies, round by round.
+
+RUN/rounds.json is written whole after every round, so that a killed fit finds what it had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..files import write_json
+from ..predictor import Prediction
+
+_IN_A_ROW = 2
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: its number, how many of its ``policies`` the agent gave, and two medians over those, in nats: ``gap``
+    between predicted and measured log-perplexity, and ``expected``, the predictor's own standard uncertainty."""
+
+    index: int
+    policies: int
+    gap: float
+    expected: float
+
+    @classmethod
+    def of(cls, index: int, prediction: Prediction, measured: Sequence[float]) -> Round:
+        """The agent's policies of a round, as predicted before it and as ``measured`` [P] in it; P ≥ 1."""
+        gap = (prediction.mean.cpu() - torch.tensor(measured)).abs().median()
+        return cls(index, len(measured), float(gap), float(prediction.std.median()))
+
+
+class Journal:
+    """The rounds so far, kept in the file ``path``, or in memory only if that is None."""
+
+    def __init__(self, path: Path | None = None):
+        self._path = path
+        self.rounds: dict[int, Round] = {}
+        if path is not None and path.exists():
+            self.rounds = {row["index"]: Round(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
+
+    def add(self, round_: Round) -> None:
+        """Write one more round."""
+        self.rounds[round_.index] = round_
+        if self._path is not None:
+            write_json(self._path, [asdict(self.rounds[index]) for index in sorted(self.rounds)])
+
+    def settled(self, index: int) -> bool:
+        """True if in round ``index`` and the one before the predictor was no further off than it expected to be."""
+        last = [self.rounds.get(number) for number in range(index - _IN_A_ROW + 1, index + 1)]
+        return all(found is not None and found.gap <= found.expected for found in last)

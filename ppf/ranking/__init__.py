@@ -1,0 +1,5 @@
+"""Rankings: which unit of a sub-layer goes first, whatever the policy."""
+
+from .scores import RANKINGS, check_ranking, rank_layer, ranking_named
+
+__all__ = ["RANKINGS", "check_ranking", "rank_layer", "ranking_named"]
