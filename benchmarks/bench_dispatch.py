@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
 from bench_masked_gemm import MODELS, measure_limits, normal, race
 from torch import Tensor
 
@@ -113,6 +114,7 @@ def main() -> None:
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
         "copy_TB_per_s": round(limits.bandwidth / 1e12, 3),
         "product_TFLOP_per_s": round(limits.flops / 1e12, 1),

@@ -1,11 +1,13 @@
 """Predictors: milliseconds for one policy, policies a second in a batch, seconds of a training; all with uncertainty.
 
-    python benchmarks/bench_predictor.py --device cuda --output benchmarks/results/predictor_h200.json
+    python benchmarks/bench_predictor.py --device cuda --output benchmarks/results/predictor_h200.json \
+        [--run RUN --test-text TEXT]
 
 Geometry of ref-14m (32 sub-layers, 12 FFN levels), a made-up log-perplexity. Medians of wall time, the device waited
 for, levels already on it; on a GPU one policy also as a recorded call (CapturedPredictor). The Gaussian process's limit
 in a batch: n² fp32 operations a policy (the triangle of L⁻¹ times its covariances) at the rate of a plain fp32 matrix
-product measured in the same run.
+product measured in the same run. With a RUN its predictor is timed beside true evaluations of the same policies on the
+whole of TEXT, one by one and in batches.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppf import checkpoint
 from ppf.candidates.sampling import random_levels, random_ratios
 from ppf.grid import Grid
 from ppf.predictor import KINDS, CapturedPredictor, make_predictor
 from ppf.predictor.training import fit_predictor
+from ppf.run import Run
 from ppf.structure import Structure
+from ppf.text import pack, read_tokens
 
 GRID = Grid(Structure(layers=16, hidden=256, kv_groups=4, heads_per_group=2, head_dim=32, channels=768), 64)
 DRAWN = 1 << 11
@@ -100,12 +105,36 @@ def measure(kind: str, count: int, device: str, rate: float) -> dict[str, Any]:
     return row
 
 
+def against_a_test_set(path: Path, text: Path, device: str) -> dict[str, Any]:
+    """A run's predictor and true evaluations of the same 64 policies on all of ``text``, seconds a policy."""
+    run = Run(path, device=device)
+    tokens = read_tokens(text, checkpoint.load_tokenizer(run.model_path))
+    sequences = pack(tokens, run.sequences().shape[1])
+    evaluator, predictor = run.evaluator(sequences=sequences), run.predictor
+    generator = torch.Generator().manual_seed(2)
+    levels = random_levels(run.grid, random_ratios(DRAWN, generator), generator)
+    policies = run.grid.decode(levels[:64])
+    batch = levels.to(device).repeat(BATCH[device] // DRAWN, 1)
+    single = CapturedPredictor(predictor) if device == "cuda" else predictor
+    true = seconds(lambda: evaluator.log_perplexity(policies[0]), device, 5)
+    together = seconds(lambda: evaluator.log_perplexities(policies), device, 3) / len(policies)
+    one = seconds(lambda: single(batch[:1]), device, 50)
+    many = seconds(lambda: predictor(batch), device, 5) / len(batch)
+    return {
+        "measurements": len(run.experience), "tokens": evaluator.tokens, "evaluate_one_s": true,
+        "evaluate_in_a_batch_s": together, "predict_one_s": one, "predict_in_a_batch_s": many,
+        "times_faster_one": true / one, "times_faster_batch": together / many,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--measurements", nargs="+", type=int, default=[4000, 2000, 600])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--test-text", type=Path)
     arguments = parser.parse_args()
     device = arguments.device
     rate = gemm_rate(device)
@@ -116,14 +145,17 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
+    data: dict[str, Any] = {"environment": environment, "gemm_TFLOP/s": rate / 1e12}
+    if arguments.run:
+        data["test_set"] = against_a_test_set(arguments.run, arguments.test_text, device)
+        print(json.dumps(data["test_set"]), flush=True)
     rows: list[dict[str, Any]] = []
     for kind in arguments.kinds:
         for count in arguments.measurements:
             rows.append(measure(kind, count, device, rate))
             print(json.dumps(rows[-1]), flush=True)
             if arguments.output:  # after every row: what was measured stays when the rest is cut off
-                data = {"environment": environment, "gemm_TFLOP/s": rate / 1e12, "rows": rows}
-                arguments.output.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+                arguments.output.write_text(json.dumps(data | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def interrupted(arguments: list[object], run: Path, rows: int, kind: signal.Sign
     """Start a command in a new process, send ``kind`` once ``run`` holds ``rows``; its exit code and stderr."""
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _SLOW_PPF, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": "/"}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         try:
             deadline = time.monotonic() + 120

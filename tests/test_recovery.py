@@ -247,7 +247,7 @@ def test_a_killed_process_is_resumed_by_the_same_command(pruned, recovered, text
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _SLOW_PPF, *map(str, arguments)]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
     ) as process:
         try:
             deadline = time.monotonic() + 120

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -190,7 +189,7 @@ def test_reloaded_in_a_new_process(tmp_path):
     for model, folder in zip(models, folders, strict=True):
         save(model, byte_tokenizer(), folder, {})
     command = [sys.executable, "-c", _RELOAD, json.dumps(IDS.tolist()), *folders]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     for found, case, model, (_, _, dtype, policy) in zip(lines, cases, models, _RELOADED, strict=True):

@@ -17,8 +17,9 @@ from .. import _C
 
 @lru_cache
 def _native(device: int) -> bool:
-    """True on Hopper, whose matrix units the kernel is written for, if this build has its machine code."""
-    return hasattr(_C, "tile_product") and torch.cuda.get_device_capability(device) == (9, 0)
+    """True on Hopper, whose matrix units the kernel is written for, if this build's machine code runs on it."""
+    built = hasattr(_C, "tile_product") and torch.cuda.get_device_capability(device) == (9, 0)
+    return built and _C.cuda_problem(device) is None
 
 
 def _aligned(tensor: Tensor) -> bool:
