@@ -6,7 +6,7 @@
 Geometry of ref-14m (32 sub-layers, 12 FFN levels), a made-up log-perplexity. Medians of wall time, the device waited
 for, levels already on it; on a GPU one policy also as a recorded call (CapturedPredictor). The Gaussian process's limit
 in a batch: n² fp32 operations a policy (the triangle of L⁻¹ times its covariances) at the rate of a plain fp32 matrix
-product measured in the same run. With a RUN its predictor is timed beside true evaluations of the same policies on the
+product measured in the same run. With a RUN its predictor is timed beside true evaluations of some policies on the
 whole of TEXT, one by one and in batches.
 """
 
@@ -38,6 +38,7 @@ from ppf.text import pack, read_tokens
 GRID = Grid(Structure(layers=16, hidden=256, kv_groups=4, heads_per_group=2, head_dim=32, channels=768), 64)
 DRAWN = 1 << 11
 BATCH = {"cuda": 1 << 18, "cpu": 1 << 12}
+EVALUATED = {"cuda": 64, "cpu": 2}
 
 
 def damage(levels: Tensor) -> Tensor:
@@ -106,14 +107,14 @@ def measure(kind: str, count: int, device: str, rate: float) -> dict[str, Any]:
 
 
 def against_a_test_set(path: Path, text: Path, device: str) -> dict[str, Any]:
-    """A run's predictor and true evaluations of the same 64 policies on all of ``text``, seconds a policy."""
+    """A run's predictor and true evaluations of some policies on all of ``text``, seconds a policy."""
     run = Run(path, device=device)
     tokens = read_tokens(text, checkpoint.load_tokenizer(run.model_path))
     sequences = pack(tokens, run.sequences().shape[1])
     evaluator, predictor = run.evaluator(sequences=sequences), run.predictor
     generator = torch.Generator().manual_seed(2)
     levels = random_levels(run.grid, random_ratios(DRAWN, generator), generator)
-    policies = run.grid.decode(levels[:64])
+    policies = run.grid.decode(levels[: EVALUATED[device]])
     batch = levels.to(device).repeat(BATCH[device] // DRAWN, 1)
     single = CapturedPredictor(predictor) if device == "cuda" else predictor
     true = seconds(lambda: evaluator.log_perplexity(policies[0]), device, 5)
