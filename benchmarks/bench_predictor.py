@@ -111,7 +111,7 @@ def against_a_test_set(path: Path, text: Path, device: str) -> dict[str, Any]:
     run = Run(path, device=device)
     tokens = read_tokens(text, checkpoint.load_tokenizer(run.model_path))
     sequences = pack(tokens, run.sequences().shape[1])
-    evaluator, predictor = run.evaluator(sequences=sequences), run.predictor
+    evaluator, predictor = run.evaluator(sequences=sequences), run.predictor.to(device).eval()
     generator = torch.Generator().manual_seed(2)
     levels = random_levels(run.grid, random_ratios(DRAWN, generator), generator)
     policies = run.grid.decode(levels[: EVALUATED[device]])

@@ -25,6 +25,7 @@ def warm_up(work: Callable[[], Any], device: torch.device, times: int = _WARM_UP
 def record(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The graph of ``work``, which has run before, and what it returned: tensors that every replay fills anew.
 
+    The graph holds addresses: whatever ``work`` reads must outlive it.
     Graphs with one ``pool`` share the memory of their intermediate results: one of them runs at a time.
     """
     graph = torch.cuda.CUDAGraph()

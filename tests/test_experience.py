@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_kill_9_loses_no_acknowledged_row(tmp_path):
     path, draw, acknowledged = tmp_path / "experience.sqlite", random.Random(0), 0
     for _ in range(5):
         writer = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd="/"
+            [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
         )
         first = writer.stdout.readline()
         time.sleep(draw.uniform(0.02, 0.2))

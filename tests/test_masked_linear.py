@@ -15,7 +15,6 @@ from masked_cases import (
 )
 
 from ppf.errors import InputError
-from ppf.ops import dispatch
 from ppf.ops.grouped import grouped_masked_linear
 from ppf.ops.masked_linear import call, masked_linear
 from ppf.ops.selection import Selection
@@ -122,17 +121,6 @@ def test_compiles_as_one_graph():
     selection = Selection.indices(torch.randperm(256)[:100], 256)
     compiled = torch.compile(lambda a, w: masked_linear(a, w, selection).relu(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight), masked_linear(x, weight, selection).relu())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("side", ["out", "in", "both"])
-@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
-@pytest.mark.parametrize("tokens", [1, 16, 129])
-def test_every_native_form(tokens, kind, side, transposed, monkeypatch):
-    """With all native kernels switched on, those included that the dispatch does not take yet."""
-    monkeypatch.setattr(dispatch, "NATIVE", frozenset({"few", "hidden", "linear"}))
-    test_every_selection_and_side(tokens, kind, side, transposed)
 
 
 @pytest.mark.gpu

@@ -19,11 +19,11 @@ class CapturedAgent:
     """
 
     def __init__(self, agent: Agent, device: torch.device):
-        agent = copy.deepcopy(agent).to(device).eval()
+        self._agent = copy.deepcopy(agent).to(device).eval()  # the graph reads its weights wherever they lie
         self._ratio = torch.full((1,), 0.3, device=device)
         with torch.cuda.device(device):
-            warm_up(lambda: agent(self._ratio), device)
-            self._graph, self._levels = record(lambda: agent(self._ratio))
+            warm_up(lambda: self._agent(self._ratio), device)
+            self._graph, self._levels = record(lambda: self._agent(self._ratio))
 
     def __call__(self, ratio: float) -> Tensor:
         """Levels int64 [1, S] on the CPU of the policy that removes ``ratio``."""

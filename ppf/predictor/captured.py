@@ -23,11 +23,11 @@ class CapturedPredictor:
         device = predictor.device
         if device.type != "cuda":
             raise InputError("predictor", device, "is not on a GPU", "Call it as it is")
-        predictor = copy.deepcopy(predictor).eval()
+        self._predictor = copy.deepcopy(predictor).eval()  # the graph reads its tensors wherever they lie
         self._levels = torch.zeros(count, predictor.grid.sublayers, dtype=torch.int64, device=device)
         with torch.cuda.device(device), torch.no_grad():
-            warm_up(lambda: predictor(self._levels), device)
-            self._graph, self._prediction = record(lambda: predictor(self._levels))
+            warm_up(lambda: self._predictor(self._levels), device)
+            self._graph, self._prediction = record(lambda: self._predictor(self._levels))
 
     def __call__(self, levels: Tensor) -> Prediction:
         """Predict for levels int64 [count, S]; the next call overwrites what this one returned."""
