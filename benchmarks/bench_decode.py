@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import time
 from pathlib import Path
@@ -156,6 +157,7 @@ def main() -> None:
             start, model = time.perf_counter(), model_of(name, keep)
             rows += measure(model, 1 - keep, arguments.compiled, ceilings)
             del model
+            gc.collect()  # graphs and models hold each other
             torch.cuda.empty_cache()
             print(f"{name} {keep}: {time.perf_counter() - start:.0f} s", flush=True)
             report["models"][name] = {"rows": rows}

@@ -97,6 +97,36 @@ def test_nothing_is_copied(model):
     assert model.model.layers[0].mlp.down_proj.weight.data_ptr() == model._weights.layers[0].down.data_ptr()
 
 
+def storages(layers) -> dict[int, int]:
+    """Address and bytes of all memory behind the tensors of plan layers."""
+    parts = [part for layer in layers for part in (layer.attention, layer.ffn) if part is not None]
+    tensors = [tensor for part in parts for tensor in vars(part).values()]
+    found = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def test_a_policy_takes_its_refits_and_nothing_else(model, run, refit):
+    dense = storages(model._dense_plan.layers)
+    model.set_policy(POLICY)
+    added = {at: size for at, size in storages(model._plan(POLICY).layers).items() if at not in dense}
+    s, size = run.structure, run.weights.dtype.itemsize
+    rows = [groups * s.group_rows for groups in POLICY.attention if 0 < groups < s.kv_groups]
+    rows += [channels for channels in POLICY.ffn if 0 < channels < s.channels]
+    assert sum(added.values()) == (sum(rows) * s.hidden * size if refit else 0)
+
+
+def test_attached_again_it_is_dense(tiny_run, run, refit):
+    """Whatever policy was in force: what is attached is not a view of it."""
+    model = ppf.load(tiny_run / "run", DEVICE, elastic=True, refit=refit)
+    model.set_policy(POLICY)
+    model.attach(model._grid, model._weights, model._library, lambda ratio: POLICY)
+    inputs = prompts(7)
+    assert model.ratio == 0 and close(logits(model, inputs), logits(run.dense, inputs))
+    model.set_ratio(0.3)
+    assert model.policy == POLICY and model.set_ratio(0.0) == run.grid.dense()
+    assert close(logits(model, inputs), logits(run.dense, inputs))
+
+
 def test_a_cache_of_another_policy_is_refused(model):
     inputs = prompts(6)
     cache = model(**inputs, use_cache=True).past_key_values

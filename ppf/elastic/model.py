@@ -50,8 +50,10 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         """Take ``weights`` (in ranking order, the tensors this model was built from) and what goes with them.
 
         ``choose`` gives a ratio's policy unless ``chosen`` holds it, ``library`` the refitted o and down (without it,
-        the dense columns stay).
+        the dense columns stay). Whatever was attached before is let go; the model is dense afterwards.
         """
+        if "_grid" in self.__dict__:
+            self.set_policy(self._grid.dense())
         state = _ElasticState()
         state.plan = plan_of(self)
         state.engine = Engine(state.plan)
