@@ -22,12 +22,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-from torch import Tensor
+# torch's threads spin for milliseconds after each of its operators, on the cores that the next contender needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ppf import _C
-from ppf.ops.gather import _fields, gather_columns, gather_many, gather_rows
-from ppf.ops.index import Index
+import torch  # noqa: E402  (after the policy of its threads)
+from torch import Tensor  # noqa: E402
+
+from ppf import _C  # noqa: E402
+from ppf.ops.gather import _fields, gather_columns, gather_many, gather_rows  # noqa: E402
+from ppf.ops.index import Index  # noqa: E402
 
 MODELS = {
     "Llama-2-7B": {"layers": 32, "hidden": 4096, "channels": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128},

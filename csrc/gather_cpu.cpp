@@ -31,19 +31,32 @@ constexpr int64_t kBytesPerThread = 1 << 20;
 // Average length of consecutive channels from which one memcpy per run beats picking.
 constexpr int64_t kRunBytes = 64;
 
+#ifdef PPF_X86
+// `bytes` is a multiple of 64 and the target 64-byte aligned: whole lines leave the core at once, a quarter faster than
+// in four pieces.
+__attribute__((target("avx512f"))) void stream_lines(char* target, const char* source, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), _mm512_loadu_si512(source + at));
+  }
+}
+
+void stream_pieces(char* target, const char* source, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 16) {
+    const __m128i held = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), held);
+  }
+}
+#endif
+
 void copy_bytes(char* target, const char* source, int64_t bytes, bool stream) {
 #ifdef PPF_X86
   if (stream && bytes >= 256) {
-    const int64_t head = (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64;
+    static const bool lines = __builtin_cpu_supports("avx512f");
+    const int64_t head = (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64, body = (bytes - head) / 64 * 64;
     if (head != 0) std::memcpy(target, source, head);
-    int64_t at = head;
-    for (; at + 64 <= bytes; at += 64) {
-      for (int part = 0; part < 64; part += 16) {
-        const __m128i held = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at + part));
-        _mm_stream_si128(reinterpret_cast<__m128i*>(target + at + part), held);
-      }
-    }
-    if (at != bytes) std::memcpy(target + at, source + at, bytes - at);
+    (lines ? stream_lines : stream_pieces)(target + head, source + head, body);
+    const int64_t done = head + body;
+    if (done != bytes) std::memcpy(target + done, source + done, bytes - done);
     return;
   }
 #endif
@@ -157,6 +170,8 @@ PPF_COMPRESS void compress(uint32_t* out, const uint32_t* row, const std::vector
 // Runs shorter than this are over before a hardware prefetcher has caught on.
 constexpr int64_t kShortRun = 4096;
 
+constexpr int64_t kRowStart = 1024;
+
 void fetch_ahead(const void* run, int64_t bytes) {
   if (bytes >= kShortRun) return;
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(run) + at);
@@ -245,11 +260,14 @@ void column_range(const GatherJob& job, const ColumnPlan& plan, bool stream, int
 }
 
 void row_range(const GatherJob& job, const std::vector<int32_t>& index, bool stream, int64_t first, int64_t last) {
-  const int64_t size = job.element_size;
+  const int64_t size = job.element_size, bytes = job.columns * size;
+  const auto source = [&](int64_t row) {
+    return static_cast<const char*>(job.source) + index[row] * job.source_stride * size;
+  };
   for (int64_t row = first; row < last; ++row) {
-    const char* source = static_cast<const char*>(job.source) + index[row] * job.source_stride * size;
-    char* target = static_cast<char*>(job.target) + row * job.target_stride * size;
-    copy_bytes(target, source, job.columns * size, stream);
+    // The prefetchers need the first lines of a row to see where it goes.
+    if (row + 1 < last) fetch_ahead(source(row + 1), std::min(bytes, kRowStart));
+    copy_bytes(static_cast<char*>(job.target) + row * job.target_stride * size, source(row), bytes, stream);
   }
   finish_stream();
 }
