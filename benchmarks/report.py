@@ -5,7 +5,6 @@ python benchmarks/report.py
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,8 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "ppf"  # the same figures give the same file
 import matplotlib.pyplot as plt  # noqa: E402  (after the back end is chosen)
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-MODELS = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
-Row = dict[str, Any]
-
-
-def load(name: str) -> dict[str, Any]:
-    """One result file."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+from report_speed import decode_section, predictor_section, profiling_section  # noqa: E402
+from tables import DOCS, MODELS, RESULTS, Row, load, table  # noqa: E402
 
 
 def gather_section(name: str) -> str:
@@ -63,7 +48,7 @@ def gemm_rows(data: dict[str, Any]) -> list[Sequence[str]]:
 
 def gemm_section(model: str) -> str:
     """All masked products of one model's shapes."""
-    data = load(f"masked_gemm_{model}_h200.json")
+    data = load(f"masked_gemm_{model}_h100.json")
     titles = ("op", "selection", "keep", "tokens", "µs", "share of limit", "shrunk", "masked", "slice")
     facts = (
         f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, {data['date']}; copy "
@@ -129,7 +114,7 @@ def library_section(name: str) -> str:
 
 def small_section(model: str) -> str:
     """1 and 16 tokens without a graph, and how much of the limit whole rows leave; "" for files that lack them."""
-    rows = [row for row in load(f"masked_gemm_{model}_h200.json")["rows"] if "eager_us" in row]
+    rows = [row for row in load(f"masked_gemm_{model}_h100.json")["rows"] if "eager_us" in row]
     titles = ("selection", "keep", "tokens", "µs in a graph", "µs eager", "shrunk", "masked", "reachable share")
     lines = [
         (row["selection"], f"{row['keep']:.0%}", f"{row['tokens']}", f"{row['us']:.1f}", f"{row['eager_us']:.1f}",
@@ -161,7 +146,7 @@ def plot_swiglu(path: Path) -> None:
     """Speed of the masked MLP relative to shrunk cuBLAS over the number of tokens, keep 50 %."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
-        rows = [r for r in load(f"masked_gemm_{model}_h200.json")["rows"] if r["op"] == "masked_swiglu"]
+        rows = [r for r in load(f"masked_gemm_{model}_h100.json")["rows"] if r["op"] == "masked_swiglu"]
         rows = [r for r in rows if r["keep"] == 0.5]
         for selection in sorted({r["selection"] for r in rows}):
             points = sorted((r["tokens"], r["times_faster_than_shrunk"]) for r in rows if r["selection"] == selection)
@@ -200,7 +185,7 @@ def main() -> None:
     DOCS.mkdir(exist_ok=True)
     plot_swiglu(DOCS / "masked_swiglu.svg")
     text = Path(__file__).with_name("report.head.md").read_text(encoding="utf-8")
-    sections = [text, "## Channel gather on a GPU", gather_section("gather_h200.json")]
+    sections = [text, "## Channel gather on a GPU", gather_section("gather_h100.json")]
     sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]
     for model, title in MODELS.items():
         sections += [f"## Masked products at {title} shapes", gemm_section(model)]
@@ -208,7 +193,10 @@ def main() -> None:
             sections += [f"### {title}: `masked_swiglu` launched from Python, call by call", small]
     sections += ["## The MLP in a graph and call by call", experiments_section()]
     for title, section, prefix in (
+        ("Generation", decode_section, "decode"),
+        ("Latency budgets", profiling_section, "profiling"),
         ("True evaluations", evaluation_section, "evaluation"),
+        ("Predictions", predictor_section, "predictor"),
         ("Libraries", library_section, "library"),
         ("Recovery training", recovery_section, "recover"),
     ):
