@@ -169,7 +169,7 @@ PPF_COMPRESS void compress(uint32_t* out, const uint32_t* row, const std::vector
 
 // Runs shorter than this are over before a hardware prefetcher has caught on.
 constexpr int64_t kShortRun = 4096;
-
+// What is fetched of the row that comes next, longer than that: enough for a prefetcher to see where it goes.
 constexpr int64_t kRowStart = 1024;
 
 void fetch_ahead(const void* run, int64_t bytes) {
@@ -265,7 +265,6 @@ void row_range(const GatherJob& job, const std::vector<int32_t>& index, bool str
     return static_cast<const char*>(job.source) + index[row] * job.source_stride * size;
   };
   for (int64_t row = first; row < last; ++row) {
-    // The prefetchers need the first lines of a row to see where it goes.
     if (row + 1 < last) fetch_ahead(source(row + 1), std::min(bytes, kRowStart));
     copy_bytes(static_cast<char*>(job.target) + row * job.target_stride * size, source(row), bytes, stream);
   }

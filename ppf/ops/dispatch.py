@@ -19,9 +19,9 @@ COMPACT_TOKENS = {BLOCKS: 8192, INDICES: 1536, UNIQUE: 1536}
 # The same where the contraction runs over listed rows of a transposed weight.
 COMPACT_TOKENS_TRANSPOSED = 256
 # Where Hopper's native kernel for lists of rows wins on an H100: gate and up from 256 tokens (at 64 Triton takes 41 us,
-# it 60) until the copy has paid for itself at 4,096 (Llama-2-7B, half: 579 against 624; three quarters: 866 against
-# 932; Llama-3-8B: 761 against 784, 1,229 against 1,227); one product alone up to 1,024 (91 against 94; at 2,048 192
-# against 157).
+# it 54) until the copy has paid for itself at 4,096 (Llama-2-7B, half: 587 against 632; three quarters: 918 against
+# 941; Llama-3-8B: 769 against 819, 1,226 against 1,236); one product alone from 256 (31 against Triton's 40) to 1,024
+# (92 against the copy's 95; three quarters 146 against 140; at 2,048 192 against 155).
 NATIVE_PAIR = range(256, 4097)
 NATIVE_OUTPUTS = range(256, 1025)
 FEW_TILES = 100

@@ -35,7 +35,8 @@ _ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 _START_NOISE = math.log(1e-2)
 # Below so many measurements both halves are predicted from each other to see how wide the uncertainty must be.
 _FEW = 400
-# More are thinned out at random: 10,000 take 2 GB and, on two CPU cores, a minute.
+# More are thinned out at random: the posterior of 10,000 takes 5 GB while it is worked out and, on two CPU cores, half
+# a minute.
 _LARGEST = 10_000
 
 
