@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from ppf._version import versions
-from ppf.agent import Agent
-from ppf.candidates.sampling import RATIO_RANGE
-from ppf.grid import Grid
-from ppf.structure import Structure
+from ppf.choose.agent import Agent
+from ppf.choose.candidates.sampling import RATIO_RANGE
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 GRIDS = {
     "ref-14m": Grid(Structure(16, 256, 4, 2, 32, 768), 64),

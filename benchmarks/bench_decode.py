@@ -25,14 +25,14 @@ import transformers
 import triton
 from transformers import LlamaConfig, PreTrainedModel
 
-from ppf.decoder.weights import DecoderWeights
-from ppf.elastic.model import ElasticLlamaForCausalLM
-from ppf.grid import Grid
-from ppf.library import Library, Refit
-from ppf.models import PPFLlamaConfig, build
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
-from ppf.runtime.benchmark import Ceilings, decode_row, measure_ceilings, prefill_row, rows_as_dicts
+from ppf.deliver.elastic.model import ElasticLlamaForCausalLM
+from ppf.fast.runtime.benchmark import Ceilings, decode_row, measure_ceilings, prefill_row, rows_as_dicts
+from ppf.fitting.library import Library, Refit
+from ppf.model import PPFLlamaConfig, build
+from ppf.model.grid import Grid
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
+from ppf.model.weights import DecoderWeights
 
 COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "head_dim": 128, "max_position_embeddings": 4096}
 MODELS = {

@@ -3,7 +3,7 @@
     python benchmarks/bench_dispatch.py --output benchmarks/results/dispatch_h200.json        (about 40 s)
 
 CUDA graphs over rotating weights, the contenders taking turns (see bench_masked_gemm). "native" is CUDA
-(ppf.ops.many_tokens), "triton" is ppf.kernels, "copy" gathers the kept weights first, "cublas" has weights shrunk
+(ppf.fast.ops.many_tokens), "triton" is ppf.kernels, "copy" gathers the kept weights first, "cublas" has weights shrunk
 beforehand: no contender, but the mark. Figures are microseconds. 1 to 16 tokens have one way only (dev/LOG.md has the
 race of 2026-11-25 that the native products for them lost).
 """
@@ -22,11 +22,11 @@ import triton
 from bench_masked_gemm import MODELS, measure_limits, normal, race
 from torch import Tensor
 
+from ppf.fast.ops import dispatch, many_tokens
+from ppf.fast.ops.selection import Selection
 from ppf.kernels import blocks as block_kernels
 from ppf.kernels import masked_linear as linear_kernels
 from ppf.kernels import masked_swiglu as tiles
-from ppf.ops import dispatch, many_tokens
-from ppf.ops.selection import Selection
 
 COPIES = 3
 Calls = dict[str, Callable[[int], object]]

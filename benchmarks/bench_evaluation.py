@@ -26,17 +26,17 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ppf import checkpoint
-from ppf.candidates.sampling import mutate, random_levels, random_ratios, uniform_policy
-from ppf.decoder.calibration import calibrate
-from ppf.decoder.weights import DecoderWeights, LayerWeights, permute_layer
-from ppf.evaluation import Evaluator
-from ppf.evaluation.plan import executed
-from ppf.evaluation.serial import Serial
-from ppf.grid import Grid
-from ppf.library import Library, refit_layer
-from ppf.policy import Policy
-from ppf.ranking import rank_layer
-from ppf.structure import Structure
+from ppf.choose.candidates.sampling import mutate, random_levels, random_ratios, uniform_policy
+from ppf.fast.plan import executed
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.evaluation.serial import Serial
+from ppf.fitting.library import Library, refit_layer
+from ppf.fitting.ranking import rank_layer
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.structure import Structure
+from ppf.model.weights import DecoderWeights, LayerWeights, permute_layer
 from ppf.text import pack, read_tokens, take_tokens
 
 DEVICE = torch.device("cuda")

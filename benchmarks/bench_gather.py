@@ -29,8 +29,8 @@ import torch  # noqa: E402  (after the policy of its threads)
 from torch import Tensor  # noqa: E402
 
 from ppf import _C  # noqa: E402
-from ppf.ops.gather import _fields, gather_columns, gather_many, gather_rows  # noqa: E402
-from ppf.ops.index import Index  # noqa: E402
+from ppf.fast.ops.gather import _fields, gather_columns, gather_many, gather_rows  # noqa: E402
+from ppf.fast.ops.index import Index  # noqa: E402
 
 MODELS = {
     "Llama-2-7B": {"layers": 32, "hidden": 4096, "channels": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128},

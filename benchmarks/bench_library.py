@@ -27,15 +27,15 @@ from bench_evaluation import DEVICE, LLAMA_2_7B, VOCABULARY, random_weights, sec
 from torch import Tensor
 
 from ppf import checkpoint
-from ppf.candidates.sampling import uniform_policy
-from ppf.decoder.calibration import LayerStatistics, calibrate
-from ppf.decoder.plain import masked_losses
-from ppf.decoder.weights import DecoderWeights, LayerRanking, expand_units, permute_layer
-from ppf.evaluation import Evaluator
-from ppf.grid import Grid
-from ppf.library import Library, Refit, library_bytes, refit_layer
-from ppf.policy import Policy
-from ppf.ranking import rank_layer
+from ppf.choose.candidates.sampling import uniform_policy
+from ppf.fast.plain import masked_losses
+from ppf.fitting.calibration import LayerStatistics, calibrate
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.library import Library, Refit, library_bytes, refit_layer
+from ppf.fitting.ranking import rank_layer
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.weights import DecoderWeights, LayerRanking, expand_units, permute_layer
 from ppf.text import pack, read_tokens, take_tokens
 
 CALIBRATION_TOKENS = 131_072

@@ -27,12 +27,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ppf.ops.grouped import grouped_masked_swiglu
-from ppf.ops.masked_attention import masked_attention_projections
-from ppf.ops.masked_linear import masked_linear
-from ppf.ops.masked_swiglu import masked_swiglu
-from ppf.ops.prepared import prepare_swiglu
-from ppf.ops.selection import Selection
+from ppf.fast.ops.grouped import grouped_masked_swiglu
+from ppf.fast.ops.masked_attention import masked_attention_projections
+from ppf.fast.ops.masked_linear import masked_linear
+from ppf.fast.ops.masked_swiglu import masked_swiglu
+from ppf.fast.ops.prepared import prepare_swiglu
+from ppf.fast.ops.selection import Selection
 
 MODELS = {"llama-2-7b": (4096, 11008, 32, 1), "llama-3-8b": (4096, 14336, 8, 4)}
 HEAD_DIM = 128

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from ppf import checkpoint
-from ppf.candidates.sampling import random_levels, random_ratios
-from ppf.grid import Grid
-from ppf.predictor import KINDS, CapturedPredictor, make_predictor
-from ppf.predictor.training import fit_predictor
-from ppf.run import Run
-from ppf.structure import Structure
+from ppf.choose.candidates.sampling import random_levels, random_ratios
+from ppf.choose.predictor import KINDS, CapturedPredictor, make_predictor
+from ppf.choose.predictor.training import fit_predictor
+from ppf.fitting.run import Run
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 from ppf.text import pack, read_tokens
 
 GRID = Grid(Structure(layers=16, hidden=256, kv_groups=4, heads_per_group=2, head_dim=32, channels=768), 64)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ppf.candidates.sampling import random_levels, uniform_policy
-from ppf.decoder.weights import DecoderWeights, LayerRanking
-from ppf.delivery.profiling import Workload, measure_profile, milliseconds, profile_facts
+from ppf.choose.candidates.sampling import random_levels, uniform_policy
+from ppf.deliver.profiling import Workload, measure_profile, milliseconds, profile_facts
 from ppf.files import write_json
-from ppf.grid import Grid
-from ppf.policy import Policy
-from ppf.surgery import materialize
+from ppf.fitting.materialise import materialize
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.weights import DecoderWeights, LayerRanking
 
 # Hidden, heads, kv heads, head size, channels, layers, vocabulary, FFN multiple, tokens.
 SHAPES = {

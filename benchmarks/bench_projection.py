@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from ppf._version import versions
-from ppf.budget.projection import Projector
+from ppf.choose.budget.projection import Projector
 from ppf.files import write_json
-from ppf.grid import Grid
-from ppf.structure import Structure
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 SHAPES = {
     "ref-14m": Structure(16, 256, 4, 2, 32, 768),

@@ -24,10 +24,10 @@ import torch
 import ppf
 from ppf._version import versions
 from ppf.cli.eval import load_for_computing
-from ppf.decoder.scoring import model_log_perplexity
-from ppf.delivery.results import choose, deliver
+from ppf.deliver.results import choose, deliver
 from ppf.files import write_json
-from ppf.run import Protocol
+from ppf.fitting.evaluation.scoring import model_log_perplexity
+from ppf.fitting.run import Protocol
 from ppf.text import pack, read_tokens
 
 RATIO, EVALUATIONS, LENGTH = 0.5, 200, 512

@@ -95,7 +95,7 @@ void tile_product(const std::array<int64_t, 12>& f, int device, uintptr_t stream
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of PPF. Takes raw addresses: call them through ppf.ops, which checks every argument.";
+  m.doc() = "Native kernels of PPF. Takes raw addresses: call them through ppf.fast.ops, which checks every argument.";
   m.def("build_info", &build_info, "What this module was compiled for: version, compiler, simd, cuda, archs.");
   m.def("pack_index", &pack_index, "Checks an index list and copies it to int32; returns its unit (8, 4, 2 or 1).");
   m.def("gather_cpu", &gather_cpu, "One gather in host memory; checks the index list first.");

@@ -21,11 +21,11 @@ PAGE = Path(__file__).with_name("api.md")
 MODULES = (
     "ppf",
     "ppf.checkpoint",
-    "ppf.recovery",
-    "ppf.runtime",
-    "ppf.export",
-    "ppf.comparison",
-    "ppf.pages",
+    "ppf.deliver.recovery",
+    "ppf.fast.runtime",
+    "ppf.deliver.export",
+    "ppf.lab.comparison",
+    "ppf.lab.pages",
 )
 _HEAD = """# Python reference
 Made by `python docs/api.py` from the docstrings. Everything here can be imported from the module it stands under.

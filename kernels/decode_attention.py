@@ -140,7 +140,7 @@ def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, position: Tensor, y: Tensor, space: list[Tensor],
     scale: float, shares: int, pdl: bool = False, config: Config | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`ppf.ops.decode.attention`. ``space`` as :func:`workspace` makes it, for the same ``shares``."""
+    """See :func:`ppf.fast.ops.decode.attention`. ``space`` as :func:`workspace` makes it, for the same ``shares``."""
     tokens, groups, _, head_dim = k_cache.shape
     group = q.shape[1] // (groups * head_dim)
     c = dict(config or attention_config(shares, head_dim * q.element_size()))

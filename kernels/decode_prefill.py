@@ -45,7 +45,7 @@ def rotary_kernel(
 def rotary(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> None:
-    """See :func:`ppf.ops.decode.rotary`; q, k, v with unit last stride, k and v with one pitch."""
+    """See :func:`ppf.fast.ops.decode.rotary`; q, k, v with unit last stride, k and v with one pitch."""
     batch = k_cache.shape[0]
     length = q.shape[0] // batch
     q_pairs, kv_pairs = q.shape[1] // 2, k.shape[1] // 2

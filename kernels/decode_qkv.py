@@ -86,7 +86,7 @@ def qkv(
     position: Tensor, y: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float, pdl: bool = False,
     config: Config | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`ppf.ops.decode.qkv`. The weights share one row pitch; without gain, x is normalised already."""
+    """See :func:`ppf.fast.ops.decode.qkv`. The weights share one row pitch; without gain, x is normalised already."""
     tokens, depth = x.shape
     half = cos.shape[1]
     q_pairs, kv_pairs = q.shape[0] // 2, k.shape[0] // 2

@@ -32,7 +32,7 @@ def select_kernel(logits, eos, pad, finished, token, position, width, ENDS: tl.c
 
 
 def select(logits: Tensor, eos: Tensor, pad: Tensor, finished: Tensor, token: Tensor, position: Tensor) -> None:
-    """See :func:`ppf.ops.decode.select`; contiguous logits, a power of two of eos ids."""
+    """See :func:`ppf.fast.ops.decode.select`; contiguous logits, a power of two of eos ids."""
     select_kernel[len(logits),](
         logits, eos, pad, finished, token, position, logits.shape[1], ENDS=len(eos), BLOCK=4096, num_warps=16
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .tile import multiprocessors, precision, row_major, silu_mul
 
-# IN_KIND and the kinds of ppf.ops.selection: 0 prefix, 1 blocks of 64, 2 indices. MASKED is one of ours: x holds a
+# IN_KIND and the kinds of ppf.fast.ops.selection: 0 prefix, 1 blocks of 64, 2 indices. MASKED is one of ours: x holds a
 # column for every column of the weight, and the entries say which of them count.
 MASKED = 3
 MAX_TOKENS = 16

@@ -8,16 +8,16 @@ Importing ppf registers ``ppf_llama`` with transformers' Auto classes.
 """
 
 from .checkpoint import save
-from .elastic.loading import load
+from .deliver.elastic.loading import load
+from .deliver.recovery import RecoverySettings, recover
 from .errors import InputError, PPFError
+from .fast.runtime import accelerate
 from .fitting import fit
-from .grid import Grid
-from .models import PPFLlamaConfig, PPFLlamaForCausalLM
-from .policy import Policy
-from .recovery import RecoverySettings, recover
-from .run import Answer, Run, Settings
-from .runtime import accelerate
-from .structure import Structure
+from .fitting.run import Answer, Run, Settings
+from .model import PPFLlamaConfig, PPFLlamaForCausalLM
+from .model.grid import Grid
+from .model.policy import Policy
+from .model.structure import Structure
 
 __all__ = [
     "Answer",

@@ -73,6 +73,6 @@ class _Module(Loader):
         return None
 
     def exec_module(self, module):
-        import ppf.models
+        import ppf.model
 
-        module.__dict__.update({name: getattr(ppf.models, name) for name in ppf.models.__all__})
+        module.__dict__.update({name: getattr(ppf.model, name) for name in ppf.model.__all__})

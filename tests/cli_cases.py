@@ -23,7 +23,7 @@ _SLOW_PPF = """
 import signal, time, pytest
 from factories import quick_learning
 from ppf.cli import main
-from ppf.evaluation import Evaluator
+from ppf.fitting.evaluation import Evaluator
 quick_learning(pytest.MonkeyPatch())
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
 measure = Evaluator.log_perplexities

@@ -12,7 +12,7 @@ from factories import one_thread as single_threaded
 from factories import quick_learning, write_checkpoint, write_text
 
 import ppf
-from ppf.run import Settings
+from ppf.fitting.run import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("PPF_REFERENCE", REPOSITORY.parent / "shared")).resolve()

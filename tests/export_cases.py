@@ -14,16 +14,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ppf.candidates.sampling import random_levels
 from ppf.checkpoint import load_dense, load_tokenizer, save
-from ppf.decoder.calibration import calibrate
-from ppf.decoder.weights import DecoderWeights, permute_layer
-from ppf.grid import Grid
-from ppf.library import Library, refit_layer
-from ppf.models import pruned_config
-from ppf.policy import Policy
-from ppf.ranking import rank_layer
-from ppf.surgery import materialize
+from ppf.choose.candidates.sampling import random_levels
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.library import Library, refit_layer
+from ppf.fitting.materialise import materialize
+from ppf.fitting.ranking import rank_layer
+from ppf.model import pruned_config
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.weights import DecoderWeights, permute_layer
 from ppf.text import pack, read_tokens
 
 SAMPLE = TINY.parent / "sample.txt"

@@ -14,16 +14,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppf.candidates.breeding import Effort
-from ppf.decoder import calibration
-from ppf.decoder.weights import DecoderWeights, LayerRanking
-from ppf.experience import Evaluation
-from ppf.fitting import collection, stages
-from ppf.grid import Grid
-from ppf.models import build
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
-from ppf.structure import Structure
+from ppf.choose.candidates.breeding import Effort
+from ppf.fitting import calibration, collection, stages
+from ppf.fitting.experience import Evaluation
+from ppf.model import build
+from ppf.model.grid import Grid
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
+from ppf.model.structure import Structure
+from ppf.model.weights import DecoderWeights, LayerRanking
 
 TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
 VOCABULARY = 258  # 256 bytes, begin and end
@@ -126,7 +125,7 @@ def quick_learning(patch: pytest.MonkeyPatch) -> None:
     learn, quick = collection.learn, {"effort": 0.05, "experts": 0}
     for module in (collection, stages):
         patch.setattr(module, "learn", lambda *arguments, **named: learn(*arguments, **(named | quick)))
-    patch.setattr("ppf.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
+    patch.setattr("ppf.fitting.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 
 def synthetic_log_perplexity(grid: Grid, levels: Tensor) -> Tensor:

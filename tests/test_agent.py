@@ -9,15 +9,15 @@ import torch
 from factories import synthetic_log_perplexity
 from safetensors.torch import load_file, save_file
 
-from ppf.agent import Agent, CapturedAgent, train_agent, training
-from ppf.agent.relaxation import relax
-from ppf.candidates.sampling import random_levels, random_ratios, uniform_policy
+from ppf.choose.agent import Agent, CapturedAgent, train_agent, training
+from ppf.choose.agent.relaxation import relax
+from ppf.choose.candidates.sampling import random_levels, random_ratios, uniform_policy
+from ppf.choose.predictor import Predictor
+from ppf.choose.predictor.mlp import MLP
+from ppf.choose.predictor.training import fit_predictor
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.predictor import Predictor
-from ppf.predictor.mlp import MLP
-from ppf.predictor.training import fit_predictor
-from ppf.structure import Structure
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # An attention step costs 2.7 FFN steps.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from export_cases import python, write_random
 
-from ppf.policy import Policy
+from ppf.model.policy import Policy
 
 REPOSITORY = Path(__file__).parents[1]
 # What `import torch` does where ppf is installed, at different moments.
@@ -43,7 +43,7 @@ def test_results_open_without_importing_ppf(moment, tmp_path):
     done = python(_OPEN.format(repository=str(REPOSITORY), order=_MOMENTS[moment].format(hook=hook)), folder)
     assert done.returncode == 0, done.stderr
     opened, left = done.stdout.splitlines()
-    assert opened == "False ppf.models.configuration PPFLlamaForCausalLM"
+    assert opened == "False ppf.model.configuration PPFLlamaForCausalLM"
     assert left == "SourceFileLoader True"  # the table's module is as it was
 
 

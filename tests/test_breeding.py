@@ -4,11 +4,11 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity
 
-from ppf.candidates.breeding import Effort, breed, cautious, move
-from ppf.candidates.sampling import random_levels
-from ppf.grid import Grid
-from ppf.predictor import Prediction
-from ppf.structure import Structure
+from ppf.choose.candidates.breeding import Effort, breed, cautious, move
+from ppf.choose.candidates.sampling import random_levels
+from ppf.choose.predictor import Prediction
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 8)

@@ -9,16 +9,16 @@ from cli_cases import answer as told
 from cli_cases import refusal
 
 import ppf
-from ppf.budget import limit_budget, ratio_budget
-from ppf.budget.costs import Costs, parameters, token_flops, weight_bytes
-from ppf.budget.projection import Projector
+from ppf.choose.budget import limit_budget, ratio_budget
+from ppf.choose.budget.costs import Costs, parameters, token_flops, weight_bytes
+from ppf.choose.budget.projection import Projector
 from ppf.cli.prune import budget_line
-from ppf.delivery.profiling import Profile, Workload
-from ppf.delivery.request import PROFILE, Request, answer, save_profile, verified, weight_costs
+from ppf.deliver.profiling import Profile, Workload
+from ppf.deliver.request import PROFILE, Request, answer, save_profile, verified, weight_costs
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.run import Run
-from ppf.structure import Structure
+from ppf.fitting.run import Run
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +147,7 @@ def test_answers_in_every_unit(run, kind):
 def test_a_result_that_is_off_is_said_aloud(run, monkeypatch, slower, fine):
     budget = Request(latency_ms=0.7 * uneven_profile(run.grid).costs(run.grid).range(run.grid)[1]).budget(run)
     policy = answer(run, budget).policy
-    monkeypatch.setattr("ppf.delivery.request.milliseconds", lambda *_: slower * budget.delivered(policy))
+    monkeypatch.setattr("ppf.deliver.request.milliseconds", lambda *_: slower * budget.delivered(policy))
     report = verified(run, budget, policy, run.materialize(policy))
     assert report["within_tolerance"] is fine and report["off"] == pytest.approx(slower - 1)
     assert ("profile again" in budget_line(report)) is not fine

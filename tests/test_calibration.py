@@ -4,8 +4,8 @@ import pytest
 import torch
 from factories import dense_weights, llama, llama_config, random_ranking, tokens, track_grams
 
-from ppf.decoder.calibration import calibrate
-from ppf.decoder.weights import DecoderWeights
+from ppf.fitting.calibration import calibrate
+from ppf.model.weights import DecoderWeights
 from ppf.text import BATCH_TOKENS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from ppf import checkpoint, files
 from ppf.checkpoint import check_checkpoint, fingerprint, load, load_dense, load_tokenizer, save, verify
 from ppf.errors import InputError
-from ppf.models import PPFLlamaForCausalLM, build, policy_of, pruned_config
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
+from ppf.model import PPFLlamaForCausalLM, build, policy_of, pruned_config
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
 
 TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
 POLICY = Policy([2, 0, 1, 2, 0, 1, 2, 1], [384, 64, 0, 128, 0, 256, 384, 7])

@@ -15,9 +15,9 @@ from factories import quick_learning, write_checkpoint, write_text
 from safetensors.torch import load_file, save_file
 
 from ppf import checkpoint, files
-from ppf.experience import Experience
-from ppf.policy import Policy
-from ppf.run import Run
+from ppf.fitting.experience import Experience
+from ppf.fitting.run import Run
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--evaluations", 40, "--ffn-multiple", 8, "--sequence-length", 32, "--calibration-tokens", 2048)  # as tiny_run

@@ -10,12 +10,12 @@ import pytest
 import torch
 from factories import dense_weights, quick_learning, random_ranking, synthetic_log_perplexity, tokens
 
-from ppf.evaluation import Evaluator
-from ppf.experience import Experience
 from ppf.fitting import collection
 from ppf.fitting.collection import collect, learn, schedule
-from ppf.grid import Grid
-from ppf.run.settings import MINIMUM_EVALUATIONS
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.experience import Experience
+from ppf.fitting.run.settings import MINIMUM_EVALUATIONS
+from ppf.model.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVALUATIONS = 44  # three rounds

@@ -9,12 +9,12 @@ import torch
 from cli_cases import answer, ppf, refusal
 from factories import write_text
 
-from ppf.comparison import ALL, parse_methods
-from ppf.comparison.asis import _biases, _log_perplexity, _rank
 from ppf.errors import InputError
-from ppf.peers import PEERS
-from ppf.policy import Policy
-from ppf.run import Run
+from ppf.fitting.run import Run
+from ppf.lab.comparison import ALL, parse_methods
+from ppf.lab.comparison.asis import _biases, _log_perplexity, _rank
+from ppf.lab.peers import PEERS
+from ppf.model.policy import Policy
 from ppf.text import pack, read_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ import torch
 from masked_cases import DEVICE, DTYPES, INTERPRETED, interpreted, on_kernels, within_twice
 from torch import Tensor
 
-from ppf.ops import decode
+from ppf.fast.ops import decode
 
 HIDDEN, CHANNELS, D = 96, 72, 16
 SHAPES = {"mha": (3, 1), "gqa": (2, 3)}  # kv-groups, query heads a group

@@ -21,8 +21,8 @@ import typer
 from cli_cases import ppf
 from factories import quick_learning
 
-from ppf import report as report_card
 from ppf.cli import app
+from ppf.lab import report as report_card
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

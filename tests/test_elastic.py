@@ -8,10 +8,10 @@ from test_runtime import GREEDY, prompts, served  # noqa: F401  (the fixture)
 from transformers import GenerationMixin
 
 import ppf
-from ppf.elastic import model as elastic
-from ppf.elastic.model import ElasticLlamaForCausalLM
+from ppf.deliver.elastic import model as elastic
+from ppf.deliver.elastic.model import ElasticLlamaForCausalLM
 from ppf.errors import InputError, PPFError
-from ppf.policy import Policy
+from ppf.model.policy import Policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY = Policy([2, 0, 1, 3], [64, 8, 0, 40])

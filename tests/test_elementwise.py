@@ -4,7 +4,7 @@ import pytest
 import torch
 from masked_cases import DEVICE, DTYPES, INTERPRETED, interpreted, on_kernels, within_twice
 
-from ppf.ops import elementwise as ops
+from ppf.fast.ops import elementwise as ops
 
 
 def draw(*shape, dtype):

@@ -8,18 +8,19 @@ import pytest
 import torch
 from factories import dense_weights, llama, llama_config, random_ranking, tokens
 
-from ppf.candidates.sampling import mutate, random_levels
-from ppf.decoder.calibration import calibrate
-from ppf.decoder.weights import DecoderWeights, LayerRanking, expand_units
+from ppf.choose.candidates.sampling import mutate, random_levels
 from ppf.errors import InputError
-from ppf.evaluation import Evaluator, batched
-from ppf.evaluation.divergence import Divergences
-from ppf.evaluation.plan import executed, order, shared, walk
-from ppf.evaluation.serial import Serial
-from ppf.evaluation.staged import survivors
-from ppf.grid import Grid
-from ppf.library import Library, refit_layer
-from ppf.policy import Policy
+from ppf.fast import batched
+from ppf.fast.plan import executed, order, shared, walk
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.evaluation.divergence import Divergences
+from ppf.fitting.evaluation.serial import Serial
+from ppf.fitting.evaluation.staged import survivors
+from ppf.fitting.library import Library, refit_layer
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.weights import DecoderWeights, LayerRanking, expand_units
 from ppf.text import BATCH_TOKENS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +167,7 @@ def test_walks_start_where_an_earlier_policy_was_left():
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 def test_policies_do_not_depend_on_their_company(monkeypatch, limit):
-    monkeypatch.setattr("ppf.evaluation.serial._DENSE_BYTES", limit)
+    monkeypatch.setattr("ppf.fitting.evaluation.serial._DENSE_BYTES", limit)
     _, weights = dense_weights()
     ours = evaluator(weights, random_ranking(weights.structure))
     policies = population(ours.grid)

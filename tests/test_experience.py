@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ppf.errors import InputError
-from ppf.experience import Evaluation, Experience
-from ppf.policy import Policy
+from ppf.fitting.experience import Evaluation, Experience
+from ppf.model.policy import Policy
 
 
 def row(index: int, round: int = 0) -> Evaluation:
@@ -78,8 +78,8 @@ import sys, types
 package = types.ModuleType("ppf")
 package.__path__ = ["ppf"]
 sys.modules["ppf"] = package
-from ppf.experience import Evaluation, Experience
-from ppf.policy import Policy
+from ppf.fitting.experience import Evaluation, Experience
+from ppf.model.policy import Policy
 store = Experience(sys.argv[1])
 for index in range(len(store), 10**6):
     store.append(Evaluation(Policy([index], [64]), 3.5, 0.25, 0, "random", 0.0))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity, synthetic_rows
 
-from ppf.candidates.sampling import random_levels, random_ratios, uniform_policy
+from ppf.choose.candidates.sampling import random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError, PPFError
 from ppf.fitting.collection import learn
-from ppf.grid import Grid
-from ppf.search.exploration import check_evaluations, frontier, initial_proposals, next_proposals
-from ppf.structure import Structure
+from ppf.fitting.search.exploration import check_evaluations, frontier, initial_proposals, next_proposals
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 8)

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppf import files
 from ppf.checkpoint import load, verify
+from ppf.deliver.export import open_source, to_deci, to_gguf, to_hf, to_vllm
+from ppf.deliver.export.configuration_decilm import DeciLMConfig
 from ppf.errors import InputError
-from ppf.export import open_source, to_deci, to_gguf, to_hf, to_vllm
-from ppf.export.configuration_decilm import DeciLMConfig
-from ppf.policy import Policy
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of the portable kind: attention whole or absent, FFN widths multiples of 256.
@@ -216,5 +216,5 @@ def test_the_command_writes_every_format_and_says_how_to_open_it(to, tmp_path):
 
 def test_our_own_auto_classes_never_trust_remote_code(pruned, tmp_path):
     to_hf(open_source(pruned), tmp_path / "hf", self_contained=True)
-    assert type(AutoConfig.from_pretrained(tmp_path / "hf")).__module__ == "ppf.models.configuration"
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")).__module__ == "ppf.models.modeling"
+    assert type(AutoConfig.from_pretrained(tmp_path / "hf")).__module__ == "ppf.model.configuration"
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")).__module__ == "ppf.model.modeling"

@@ -26,10 +26,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ppf.checkpoint import load, load_tokenizer
+from ppf.deliver.export import gguf_weights, open_source, to_gguf
+from ppf.deliver.export.gguf_tokenizer import _LLAMA3, BYTE, CONTROL, UNKNOWN, UNUSED, vocabulary
 from ppf.errors import InputError
-from ppf.export import gguf_weights, open_source, to_gguf
-from ppf.export.gguf_tokenizer import _LLAMA3, BYTE, CONTROL, UNKNOWN, UNUSED, vocabulary
-from ppf.policy import Policy
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Layers: whole, FFN only, attention only, neither (and last).

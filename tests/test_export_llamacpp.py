@@ -29,8 +29,8 @@ from export_cases import (
 from test_export_gguf import PRE_TOKENIZERS
 
 from ppf.checkpoint import load_tokenizer
-from ppf.export import gguf_weights, open_source, to_gguf
-from ppf.policy import Policy
+from ppf.deliver.export import gguf_weights, open_source, to_gguf
+from ppf.model.policy import Policy
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test-export")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +140,7 @@ def test_a_file_whose_layer_0_has_no_attention_does_not_load(tmp_path, monkeypat
     source = write_random(tmp_path / "in", Policy([3, 2, 1, 3], [64] * 4))
     assert opened(source, tmp_path / "right")
     widths = gguf_weights.written_widths
-    monkeypatch.setattr("ppf.export.gguf_file.written_widths", lambda source: [(0, 0, 64), *widths(source)[1:]])
+    monkeypatch.setattr("ppf.deliver.export.gguf_file.written_widths", lambda source: [(0, 0, 64), *widths(source)[1:]])
     with pytest.raises(Exception):  # noqa: B017  (llama-cpp-python's own, which has changed)
         opened(source, tmp_path / "wrong")
 

@@ -17,7 +17,7 @@ import torch
 from export_cases import POLICIES, SAMPLE, UNIFORM, prune_to
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppf.export import open_source, to_hf
+from ppf.deliver.export import open_source, to_hf
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: make test-export")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,11 +19,11 @@ from export_cases import sample_ids, transformers_logits, write_random
 from transformers import AutoConfig
 
 from ppf.checkpoint import load
-from ppf.export import open_source, to_vllm
-from ppf.export.vllm import tensor_parallel_problem
-from ppf.export.vllm_plugin import ServedConfig
-from ppf.models import PPFLlamaConfig
-from ppf.policy import Policy
+from ppf.deliver.export import open_source, to_vllm
+from ppf.deliver.export.vllm import tensor_parallel_problem
+from ppf.deliver.export.vllm_plugin import ServedConfig
+from ppf.model import PPFLlamaConfig
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 POLICY = Policy([3, 0, 2, 0, 1, 1], [48, 16, 0, 0, 40, 64])
@@ -34,14 +34,14 @@ SERVABLE = Policy([3, 1, 2, 1], [64, 0, 32, 16])
 def vllm(monkeypatch):
     """vLLM's stand-ins with our plugin registered, as its entry point says; ``ppf_llama`` is ours again afterwards."""
     vllm_stand_in.install(monkeypatch)
-    monkeypatch.delitem(sys.modules, "ppf.export.vllm_model", raising=False)
+    monkeypatch.delitem(sys.modules, "ppf.deliver.export.vllm_model", raising=False)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     for name, value in project["project"]["entry-points"]["vllm.general_plugins"].items():
         for _ in range(2):  # vLLM may load plugins several times in a process
             EntryPoint(name, value, "vllm.general_plugins").load()()
     yield vllm_stand_in.ModelRegistry
     AutoConfig.register("ppf_llama", PPFLlamaConfig, exist_ok=True)
-    sys.modules.pop("ppf.export.vllm_model", None)
+    sys.modules.pop("ppf.deliver.export.vllm_model", None)
 
 
 def served(folder: Path, registry) -> torch.nn.Module:
@@ -58,7 +58,7 @@ def served(folder: Path, registry) -> torch.nn.Module:
 @pytest.mark.parametrize("tied", [False, True])
 def test_served_model_computes_the_same_logits(vllm, tied, tmp_path):
     folder = write_random(tmp_path / "in", POLICY, num_hidden_layers=6, tie_word_embeddings=tied)
-    assert "ppf.export.vllm_model" not in sys.modules
+    assert "ppf.deliver.export.vllm_model" not in sys.modules
     model, ids = served(folder, vllm), torch.tensor(sample_ids(folder, 24))
     AutoConfig.register("ppf_llama", PPFLlamaConfig, exist_ok=True)
     expected = transformers_logits(folder, ids.tolist())
@@ -87,7 +87,7 @@ def test_configuration_answers_what_vllm_reads(vllm, tmp_path):
 
 
 def test_without_vllm_nothing_of_it_is_imported():
-    assert "vllm" not in sys.modules and "ppf.export.vllm_model" not in sys.modules
+    assert "vllm" not in sys.modules and "ppf.deliver.export.vllm_model" not in sys.modules
 
 
 def test_export_says_how_many_gpus_can_share_it(tmp_path):

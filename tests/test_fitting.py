@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import ppf
 from ppf.errors import InputError
-from ppf.evaluation import Evaluator
-from ppf.experience import Experience
 from ppf.fitting import stages
-from ppf.run import Run, Settings
-from ppf.run.directory import MANIFEST, ROUNDS
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.experience import Experience
+from ppf.fitting.run import Run, Settings
+from ppf.fitting.run.directory import MANIFEST, ROUNDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)  # as tiny_run

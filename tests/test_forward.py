@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from factories import VOCABULARY, dense_weights, tokens
 
-from ppf.decoder import forward
-from ppf.decoder.forward import attention_inner, ffn_inner, norm, rope, token_losses
+from ppf.fast import forward
+from ppf.fast.forward import attention_inner, ffn_inner, norm, rope, token_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,15 @@ from torch import Tensor
 
 from ppf import _C
 from ppf.errors import InputError
-from ppf.ops import gather
-from ppf.ops.gather import gather_columns, gather_columns_reference, gather_many, gather_rows, gather_rows_reference
-from ppf.ops.index import Index
+from ppf.fast.ops import gather
+from ppf.fast.ops.gather import (
+    gather_columns,
+    gather_columns_reference,
+    gather_many,
+    gather_rows,
+    gather_rows_reference,
+)
+from ppf.fast.ops.index import Index
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = {0: (gather_rows, gather_rows_reference), 1: (gather_columns, gather_columns_reference)}
@@ -151,7 +157,7 @@ def test_index_on_the_gpu_is_checked_once():
     assert torch.equal(gather_columns(x, Index(index, 64)), x[:, index])
     with pytest.raises(IndexError, match=r"index\[1\] = 64: out of range"):
         Index(torch.tensor([0, 64], device="cuda"), 64)
-    with pytest.raises(InputError, match="wrap it in ppf.ops.index.Index"):
+    with pytest.raises(InputError, match="wrap it in ppf.fast.ops.index.Index"):
         gather_columns(x, index)
 
 

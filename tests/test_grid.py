@@ -5,11 +5,11 @@ import torch
 from factories import llama_config
 
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.models import pruned_config
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
-from ppf.structure import Structure
+from ppf.model import pruned_config
+from ppf.model.grid import Grid
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
+from ppf.model.structure import Structure
 
 CONFIG = llama_config("gqa")
 GRID = Grid(Structure.from_config(CONFIG), 16)

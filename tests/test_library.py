@@ -5,12 +5,21 @@ import torch
 from factories import dense_weights, random_ranking, tokens
 from safetensors.torch import load_file
 
-from ppf.decoder.calibration import LayerStatistics, Statistics, calibrate
-from ppf.decoder.weights import permute_layer
 from ppf.errors import PPFError
-from ppf.grid import Grid
-from ppf.library import DAMPING, Library, fits_on_device, library_bytes, load_refits, refit, refit_layer, save_refits
-from ppf.structure import Structure
+from ppf.fitting.calibration import LayerStatistics, Statistics, calibrate
+from ppf.fitting.library import (
+    DAMPING,
+    Library,
+    fits_on_device,
+    library_bytes,
+    load_refits,
+    refit,
+    refit_layer,
+    save_refits,
+)
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
+from ppf.model.weights import permute_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, TOKENS, HIDDEN = 24, 300, 10

@@ -4,9 +4,9 @@ import pytest
 import torch
 from masked_cases import listed, mlp, normal, poisoned, product, within_twice
 
-from ppf.ops import dispatch, many_tokens
-from ppf.ops.masked_linear import masked_linear
-from ppf.ops.selection import PREFIX, UNIQUE, Selection
+from ppf.fast.ops import dispatch, many_tokens
+from ppf.fast.ops.masked_linear import masked_linear
+from ppf.fast.ops.selection import PREFIX, UNIQUE, Selection
 
 pytestmark = pytest.mark.gpu
 PAIRS = [0, 128, 144, 160, 176, 192, 208, 224, 240, 256]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from masked_cases import DEVICE, DTYPES, INTERPRETED, interpreted, on_kernels, within_twice
 
 from ppf.errors import InputError
-from ppf.ops.masked_attention import masked_attention_output, masked_attention_projections
-from ppf.ops.selection import Selection
+from ppf.fast.ops.masked_attention import masked_attention_output, masked_attention_projections
+from ppf.fast.ops.selection import Selection
 
 HIDDEN, GROUPS = 192, 4
 KEPT = {

@@ -15,9 +15,9 @@ from masked_cases import (
 )
 
 from ppf.errors import InputError
-from ppf.ops.grouped import grouped_masked_linear
-from ppf.ops.masked_linear import call, masked_linear
-from ppf.ops.selection import Selection
+from ppf.fast.ops.grouped import grouped_masked_linear
+from ppf.fast.ops.masked_linear import call, masked_linear
+from ppf.fast.ops.selection import Selection
 
 KINDS = ["prefix", "empty", "full", "sorted", "shuffled", "repeated", "blocks"]
 

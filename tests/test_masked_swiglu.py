@@ -15,9 +15,9 @@ from masked_cases import (
 )
 
 from ppf.errors import InputError
-from ppf.ops.grouped import grouped_masked_swiglu
-from ppf.ops.masked_swiglu import masked_swiglu
-from ppf.ops.selection import BLOCKS, Selection
+from ppf.fast.ops.grouped import grouped_masked_swiglu
+from ppf.fast.ops.masked_swiglu import masked_swiglu
+from ppf.fast.ops.selection import BLOCKS, Selection
 
 HIDDEN, CHANNELS = 192, 320
 KINDS = ["prefix", "empty", "full", "sorted", "shuffled", "repeated", "blocks"]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from factories import dense_weights, random_ranking, tokens
 
-from ppf.candidates.sampling import random_levels
+from ppf.choose.candidates.sampling import random_levels
 from ppf.errors import PPFError
-from ppf.evaluation import Evaluator
-from ppf.evaluation.measurement import measure, measure_many
-from ppf.experience import Experience
-from ppf.grid import Grid
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.evaluation.measurement import measure, measure_many
+from ppf.fitting.experience import Experience
+from ppf.model.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

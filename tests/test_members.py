@@ -4,7 +4,7 @@ import pytest
 import torch
 from masked_cases import DEVICE, DTYPES, INTERPRETED, error, interpreted, on_kernels
 
-from ppf.ops import members as ops
+from ppf.fast.ops import members as ops
 
 LENGTH, SEQUENCES, HIDDEN, CHANNELS = 40, 3, 64, 96
 TOKENS = LENGTH * SEQUENCES

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from ppf.errors import InputError
-from ppf.models import PPFLlamaConfig, PPFLlamaForCausalLM, PPFLlamaModel, build, policy_of, pruned_config
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
+from ppf.model import PPFLlamaConfig, PPFLlamaForCausalLM, PPFLlamaModel, build, policy_of, pruned_config
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
 
 TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
 LLAMA3_ROPE = {
@@ -281,7 +281,7 @@ def test_fresh_process_needs_the_import_and_nothing_else(tmp_path):
     model = pruned_model()
     model.save_pretrained(tmp_path)
     code = (
-        "import sys, torch\nimport ppf.models\nfrom transformers import AutoModelForCausalLM\n"
+        "import sys, torch\nimport ppf.model\nfrom transformers import AutoModelForCausalLM\n"
         "torch.set_num_threads(1)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "print(float(model(torch.arange(9)[None]).logits.detach().double().sum()))"

@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from ppf.pages import Page, figure
-from ppf.pages.style import COLOURS, SERIES
+from ppf.lab.pages import Page, figure
+from ppf.lab.pages.style import COLOURS, SERIES
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "link", "img", "br", "hr"}

@@ -7,12 +7,12 @@ import shutil
 import pytest
 from cli_cases import answer, ppf, refusal
 
-from ppf.delivery.pareto import frontier
-from ppf.delivery.profiling import Profile, Workload
-from ppf.delivery.request import PROFILE, save_profile
-from ppf.experience import Evaluation
-from ppf.policy import Policy
-from ppf.run import Run
+from ppf.deliver.profiling import Profile, Workload
+from ppf.deliver.request import PROFILE, save_profile
+from ppf.fitting.experience import Evaluation
+from ppf.fitting.run import Run
+from ppf.lab.pareto import frontier
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity
 
-from ppf.budget import ratio_budget
-from ppf.decoder.plain import masked_losses
+from ppf.choose.budget import ratio_budget
 from ppf.errors import InputError
-from ppf.peers import PEERS, Meter, PeerStatistics, peer_named
-from ppf.peers.activations import observe
-from ppf.peers.alphapruning import tail_index
-from ppf.peers.dropping import kept_after, sublayer_costs
-from ppf.peers.flap import _above_threshold
-from ppf.peers.tracenas import _Agreement
-from ppf.run import Run
+from ppf.fast.plain import masked_losses
+from ppf.fitting.run import Run
+from ppf.lab.peers import PEERS, Meter, PeerStatistics, peer_named
+from ppf.lab.peers.activations import observe
+from ppf.lab.peers.alphapruning import tail_index
+from ppf.lab.peers.dropping import kept_after, sublayer_costs
+from ppf.lab.peers.flap import _above_threshold
+from ppf.lab.peers.tracenas import _Agreement
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def statistics(shared, run):
 
 @pytest.fixture(autouse=True)
 def few_proxies(monkeypatch):
-    monkeypatch.setattr("ppf.peers.tracenas._PROXIES", 12)
+    monkeypatch.setattr("ppf.lab.peers.tracenas._PROXIES", 12)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -105,8 +105,8 @@ def test_evolution_improves_and_more_is_better(run, statistics):
 
 
 def test_staged_evolution_measures_few_on_much_text(run, statistics, monkeypatch):
-    monkeypatch.setattr("ppf.peers.evolution._BROOD", 12)
-    monkeypatch.setattr("ppf.peers.evolution._STAGES", ((4, 32), (2, 64), (1, 10**6)))
+    monkeypatch.setattr("ppf.lab.peers.evolution._BROOD", 12)
+    monkeypatch.setattr("ppf.lab.peers.evolution._STAGES", ((4, 32), (2, 64), (1, 10**6)))
     found, calls = statistics(9), []
     measure = found.meter.measure
     found.meter.measure = lambda policies, tokens: calls.append((len(policies), tokens)) or measure(policies, tokens)
@@ -131,7 +131,7 @@ def test_the_meter_refuses_what_was_not_given(run):
 
 def test_puzzle_finds_the_optimum_of_additive_damages(run, statistics):
     """Against every policy of a made-up additive problem; interactions of the true one are not its claim."""
-    from ppf.peers.puzzle import _solve
+    from ppf.lab.peers.puzzle import _solve
 
     grid, generator = run.grid, torch.Generator().manual_seed(0)
     damage = [
@@ -169,8 +169,8 @@ def test_finercut_drops_the_least_harmful_first(run, statistics):
 
 
 def test_dropping_goes_on_until_the_budget_and_partly_beyond():
-    from ppf.grid import Grid
-    from ppf.structure import Structure
+    from ppf.model.grid import Grid
+    from ppf.model.structure import Structure
 
     grid = Grid(Structure(3, 32, 2, 1, 8, 64), 8)
     costs = sublayer_costs(grid)
@@ -183,7 +183,7 @@ def test_dropping_goes_on_until_the_budget_and_partly_beyond():
 
 
 def test_flap_counts_costs_to_the_budget():
-    from ppf.structure import Structure
+    from ppf.model.structure import Structure
 
     structure = Structure(4, 32, 4, 2, 8, 96)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppf.policy import Policy
+from ppf.model.policy import Policy
 
 
 def test_json_round_trip_and_hash():

@@ -10,19 +10,19 @@ import torch
 from cli_cases import answer, ppf, refusal
 from factories import llama_config, quick_learning, write_checkpoint, write_text
 
-from ppf.budget.projection import projector_of
-from ppf.candidates.sampling import mutate, random_levels, uniform_policy
-from ppf.delivery import price as price_module
-from ppf.delivery.portable import choose_portable, portable_grid
+from ppf.choose.budget.projection import projector_of
+from ppf.choose.candidates.sampling import mutate, random_levels, uniform_policy
+from ppf.deliver import price as price_module
+from ppf.deliver.export import open_source, to_deci, to_gguf, to_hf, to_vllm
+from ppf.deliver.export.routes import routes
+from ppf.deliver.portable import choose_portable, portable_grid
 from ppf.errors import InputError
-from ppf.export import open_source, to_deci, to_gguf, to_hf, to_vllm
-from ppf.export.routes import routes
 from ppf.fitting import fit
-from ppf.grid import PORTABLE_MULTIPLE, Grid, portable_multiple
-from ppf.policy import Policy
-from ppf.run import Run, Settings
-from ppf.run.settings import portable_settings
-from ppf.structure import Structure
+from ppf.fitting.run import Run, Settings
+from ppf.fitting.run.settings import portable_settings
+from ppf.model.grid import PORTABLE_MULTIPLE, Grid, portable_multiple
+from ppf.model.policy import Policy
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRUCTURE = Structure.from_config(llama_config(intermediate_size=1024))

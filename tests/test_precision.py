@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppf.precision import compute_dtype
+from ppf.model.precision import compute_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HALVES = torch.float16, torch.bfloat16

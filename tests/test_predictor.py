@@ -5,12 +5,12 @@ import torch
 from factories import synthetic_log_perplexity
 from safetensors.torch import load_file, save_file
 
-from ppf.candidates.sampling import random_levels, random_ratios
+from ppf.choose.candidates.sampling import random_levels, random_ratios
+from ppf.choose.predictor import KINDS, CapturedPredictor, Predictor, make_predictor, one_hot
+from ppf.choose.predictor.training import fit_predictor
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.predictor import KINDS, CapturedPredictor, Predictor, make_predictor, one_hot
-from ppf.predictor.training import fit_predictor
-from ppf.structure import Structure
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)  # 4 levels of attention, 5 of the FFN

@@ -4,16 +4,16 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity
 
-from ppf.candidates.sampling import random_levels, random_ratios
-from ppf.grid import Grid
-from ppf.predictor import gaussian, one_hot
-from ppf.predictor.gaussian import GaussianProcess
-from ppf.predictor.kernel import PolicyKernel
-from ppf.predictor.likelihood import _surprise, maximise_likelihood, noise_variance, noisy
-from ppf.predictor.posterior import Posterior, Waves
-from ppf.predictor.spread import Spread
-from ppf.predictor.training import fit_predictor
-from ppf.structure import Structure
+from ppf.choose.candidates.sampling import random_levels, random_ratios
+from ppf.choose.predictor import gaussian, one_hot
+from ppf.choose.predictor.gaussian import GaussianProcess
+from ppf.choose.predictor.kernel import PolicyKernel
+from ppf.choose.predictor.likelihood import _surprise, maximise_likelihood, noise_variance, noisy
+from ppf.choose.predictor.posterior import Posterior, Waves
+from ppf.choose.predictor.spread import Spread
+from ppf.choose.predictor.training import fit_predictor
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)  # 4 levels of attention, 5 of the FFN

@@ -6,9 +6,9 @@ from masked_cases import DEVICE, selections, within_twice
 from test_masked_swiglu import CHANNELS, operands, shrunk
 
 from ppf.errors import InputError
-from ppf.ops.masked_swiglu import masked_swiglu
-from ppf.ops.prepared import prepare_swiglu
-from ppf.ops.selection import Selection
+from ppf.fast.ops.masked_swiglu import masked_swiglu
+from ppf.fast.ops.prepared import prepare_swiglu
+from ppf.fast.ops.selection import Selection
 
 KINDS = ["prefix", "empty", "full", "sorted", "shuffled", "repeated", "blocks"]
 

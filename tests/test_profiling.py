@@ -8,16 +8,16 @@ import torch
 from cli_cases import answer, refusal
 from factories import dense_weights
 
-from ppf.decoder.weights import LayerRanking
-from ppf.delivery import profiling
-from ppf.delivery.profiling import Workload, _spread, check_workload, measure_profile, milliseconds
-from ppf.delivery.request import PROFILE
+from ppf.deliver import profiling
+from ppf.deliver.profiling import Workload, _spread, check_workload, measure_profile, milliseconds
+from ppf.deliver.request import PROFILE
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.models import policy_of
-from ppf.policy import Policy
-from ppf.run import Run
-from ppf.surgery import materialize
+from ppf.fitting.materialise import materialize
+from ppf.fitting.run import Run
+from ppf.model import policy_of
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.weights import LayerRanking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,7 +105,7 @@ def test_the_sum_meets_whole_models_on_a_gpu():
         head_dim=64, max_position_embeddings=2048,
     )  # fmt: skip
     model, weights = model.to("cuda", torch.bfloat16), weights
-    from ppf.decoder.weights import DecoderWeights
+    from ppf.model.weights import DecoderWeights
 
     weights = DecoderWeights.from_model(model)
     grid, s = Grid(weights.structure, 256), weights.structure

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from ppf.budget.projection import Projector, check_ratio, nearest
-from ppf.candidates.sampling import random_levels
+from ppf.choose.budget.projection import Projector, check_ratio, nearest
+from ppf.choose.candidates.sampling import random_levels
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.structure import Structure
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from factories import dense_weights, tokens
 
-from ppf.decoder.calibration import Statistics, calibrate
 from ppf.errors import InputError, PPFError
-from ppf.ranking import RANKINGS, rank_layer, ranking_named
-from ppf.ranking.obs import removal_scores
-from ppf.ranking.scores import Scored
+from ppf.fitting.calibration import Statistics, calibrate
+from ppf.fitting.ranking import RANKINGS, rank_layer, ranking_named
+from ppf.fitting.ranking.obs import removal_scores
+from ppf.fitting.ranking.scores import Scored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

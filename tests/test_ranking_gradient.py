@@ -5,9 +5,9 @@ import torch
 from factories import dense_weights, quick_learning, tokens
 
 import ppf
-from ppf.ranking import check_ranking, rank_layer
-from ppf.ranking.gradient import GRADIENT_RANKINGS, _channels, gradient_scores, loraprune, taylor
-from ppf.run import Run, Settings
+from ppf.fitting.ranking import check_ranking, rank_layer
+from ppf.fitting.ranking.gradient import GRADIENT_RANKINGS, _channels, gradient_scores, loraprune, taylor
+from ppf.fitting.run import Run, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +37,7 @@ def test_taylor_is_transformers_gradient_times_the_weights(heads):
 
 def test_loraprune_first_step_is_the_gradient_through_a_random_projection(monkeypatch):
     """With B zero, ĝ is B′A = G·Aᵀ·A: the true gradient G projected twice."""
-    monkeypatch.setattr("ppf.ranking.gradient._STEPS", 1)
+    monkeypatch.setattr("ppf.fitting.ranking.gradient._STEPS", 1)
     _, weights = dense_weights()
     ids = tokens(40, 24)
     found = loraprune(weights, ids, seed=3)

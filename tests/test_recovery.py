@@ -19,14 +19,14 @@ from factories import llama, llama_config, tokens, write_checkpoint, write_text
 from safetensors.torch import load_file
 
 from ppf import InputError, PPFError, RecoverySettings, Run, checkpoint, recover
-from ppf.decoder.scoring import model_log_perplexity
-from ppf.delivery.results import Choice, deliver
-from ppf.policy import Policy
-from ppf.recovery import objective, training
-from ppf.recovery.corpus import Corpus
-from ppf.recovery.methods import Student
-from ppf.recovery.objective import Objective
-from ppf.recovery.training import schedule
+from ppf.deliver.recovery import objective, training
+from ppf.deliver.recovery.corpus import Corpus
+from ppf.deliver.recovery.methods import Student
+from ppf.deliver.recovery.objective import Objective
+from ppf.deliver.recovery.training import schedule
+from ppf.deliver.results import Choice, deliver
+from ppf.fitting.evaluation.scoring import model_log_perplexity
+from ppf.model.policy import Policy
 from ppf.text import pack, read_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is 
 _SLOW_PPF = """
 import time
 from ppf.cli import main
-from ppf.recovery import training
+from ppf.deliver.recovery import training
 training._SAVE_SECONDS, training._SAVE_SHARE = 0.0, 1.0
 save = training.Training._save
 training.Training._save = lambda self: (save(self), time.sleep(0.2))
@@ -435,7 +435,7 @@ def test_teachers_that_cannot_teach_are_refused(pruned, text, tmp_path):
 
 
 def test_lora_without_peft_names_the_extra(pruned, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("ppf.recovery.methods.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ppf.deliver.recovery.methods.importlib.util.find_spec", lambda name: None)
     arguments = ("recover", pruned / "non-uniform", "--text", text, "--output", tmp_path / "out", *FLAGS)
     assert "pip install 'ppf[train]'" in refusal(*arguments, field="method", value="lora")
     assert list(tmp_path.iterdir()) == []

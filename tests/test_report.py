@@ -10,16 +10,16 @@ import torch
 from cli_cases import answer, ppf
 from factories import synthetic_log_perplexity
 
-from ppf.candidates.sampling import random_levels, random_ratios
+from ppf.choose.candidates.sampling import random_levels, random_ratios
+from ppf.choose.predictor import make_predictor
 from ppf.errors import InputError
-from ppf.evaluation import Evaluator
-from ppf.experience import Experience
-from ppf.grid import Grid
-from ppf.predictor import make_predictor
-from ppf.report import baselines, heldout, report
-from ppf.report.metrics import by_ratio, scores
-from ppf.run import Run
-from ppf.structure import Structure
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.experience import Experience
+from ppf.fitting.run import Run
+from ppf.lab.report import baselines, heldout, report
+from ppf.lab.report.metrics import by_ratio, scores
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)

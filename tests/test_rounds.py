@@ -6,12 +6,12 @@ import pytest
 import torch
 from factories import dense_weights, quick_learning, random_ranking, tokens
 
-from ppf.evaluation import Evaluator
-from ppf.experience import Experience
+from ppf.choose.predictor import Prediction
 from ppf.fitting.collection import collect, schedule
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.experience import Experience
 from ppf.fitting.rounds import Journal, Round
-from ppf.grid import Grid
-from ppf.predictor import Prediction
+from ppf.model.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import ppf
 from ppf.errors import InputError
-from ppf.policy import Policy
-from ppf.run import Run
-from ppf.run.directory import MANIFEST, layer_file
+from ppf.fitting.run import Run
+from ppf.fitting.run.directory import MANIFEST, layer_file
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

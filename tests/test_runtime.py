@@ -16,10 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import ppf
 from ppf.errors import InputError
-from ppf.models import build, pruned_config
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
-from ppf.runtime import generation, loop
+from ppf.fast.runtime import generation, loop
+from ppf.model import build, pruned_config
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY = Policy([3, 0, 1, 0], [64, 24, 0, 40])  # absent sub-layers, and the last layers have no attention

@@ -8,10 +8,10 @@ from cli_cases import answer, ppf, refusal
 from factories import TINY, llama, llama_config
 
 from ppf._version import versions
-from ppf.policy import Policy
-from ppf.runtime import benchmark
-from ppf.runtime.benchmark import Ceilings
-from ppf.runtime.plan import plan_of
+from ppf.fast.runtime import benchmark
+from ppf.fast.runtime.benchmark import Ceilings
+from ppf.fast.runtime.plan import plan_of
+from ppf.model.policy import Policy
 
 SHORT = ["--prompt", 4, "--new-tokens", 3, "--prefill", 8]
 ON_CPU = ["--device", "cpu"]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ppf.candidates.sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform_policy
+from ppf.choose.candidates.sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError
-from ppf.grid import Grid
-from ppf.structure import Structure
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # An attention step costs 2.7 FFN steps: budgets cannot be met by swapping one for one.

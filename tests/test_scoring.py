@@ -13,10 +13,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from ppf.decoder import forward
-from ppf.decoder.scoring import in_compute_dtype, model_log_perplexity
 from ppf.errors import InputError, PPFError
-from ppf.run import Run
+from ppf.fast import forward
+from ppf.fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
+from ppf.fitting.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -74,7 +74,7 @@ def test_every_batch_counts(monkeypatch):
     """Several batches give what one gives, and progress ends at the number of tokens."""
     model, sequences, calls = llama(llama_config()), tokens(9, 20), []
     whole = model_log_perplexity(model, sequences)
-    monkeypatch.setattr("ppf.decoder.scoring.batches", lambda s, *_: s.split(2))
+    monkeypatch.setattr("ppf.fitting.evaluation.scoring.batches", lambda s, *_: s.split(2))
     value = model_log_perplexity(model, sequences, lambda *call: calls.append(call))
     assert value == pytest.approx(whole, rel=1e-7)
     assert calls[-1] == ("score", 180, 180) and [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)

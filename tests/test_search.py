@@ -6,17 +6,17 @@ import pytest
 import torch
 from factories import dense_weights, random_ranking, synthetic_log_perplexity, tokens
 
-from ppf.agent import Agent
-from ppf.candidates.breeding import Effort
+from ppf.choose.agent import Agent
+from ppf.choose.candidates.breeding import Effort
+from ppf.choose.predictor import make_predictor
 from ppf.errors import InputError
-from ppf.evaluation import Evaluator
-from ppf.evaluation.measurement import measure
-from ppf.experience import Experience
 from ppf.fitting.collection import Fitted, collect, learn
-from ppf.grid import Grid
-from ppf.predictor import make_predictor
-from ppf.search import SEARCH_ROUND, Search
-from ppf.structure import Structure
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.evaluation.measurement import measure
+from ppf.fitting.experience import Experience
+from ppf.fitting.search import SEARCH_ROUND, Search
+from ppf.model.grid import Grid
+from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,8 +33,8 @@ class Synthetic(Evaluator):
 
 @pytest.fixture(autouse=True)
 def small_generations(monkeypatch):
-    monkeypatch.setattr("ppf.search.static._EFFORT", Effort(generations=4, offspring=16, keep=16))
-    monkeypatch.setattr("ppf.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
+    monkeypatch.setattr("ppf.fitting.search.static._EFFORT", Effort(generations=4, offspring=16, keep=16))
+    monkeypatch.setattr("ppf.fitting.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 
 def evaluator() -> Synthetic:

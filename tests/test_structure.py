@@ -7,10 +7,10 @@ import torch
 from factories import llama_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ppf.models import build, pruned_config
-from ppf.models.layout import expected_tensors
-from ppf.policy import Policy
-from ppf.structure import Structure
+from ppf.model import build, pruned_config
+from ppf.model.layout import expected_tensors
+from ppf.model.policy import Policy
+from ppf.model.structure import Structure
 
 CONFIGS = {
     "mha": llama_config("mha"),

@@ -9,18 +9,18 @@ import torch
 from factories import TINY, byte_tokenizer, llama, llama_config, random_ranking, tokens
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
-from ppf.candidates.sampling import uniform_policy
 from ppf.checkpoint import load_dense, load_tokenizer, save
-from ppf.decoder.calibration import calibrate
-from ppf.decoder.weights import DecoderWeights, permute_layer
+from ppf.choose.candidates.sampling import uniform_policy
 from ppf.errors import InputError
-from ppf.evaluation import Evaluator
-from ppf.grid import Grid
-from ppf.library import Library, refit_layer
-from ppf.models import PPFLlamaForCausalLM, policy_of
-from ppf.policy import Policy
-from ppf.ranking import rank_layer
-from ppf.surgery import materialize
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.library import Library, refit_layer
+from ppf.fitting.materialise import materialize
+from ppf.fitting.ranking import rank_layer
+from ppf.model import PPFLlamaForCausalLM, policy_of
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
+from ppf.model.weights import DecoderWeights, permute_layer
 from ppf.text import pack, read_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from ..errors import InputError
-from ..models import PPFLlamaConfig
-from ..models.layout import MODEL_CLASSES, TIED, check_shapes, expected_tensors, require_supported
+from ..model import PPFLlamaConfig
+from ..model.layout import MODEL_CLASSES, TIED, check_shapes, expected_tensors, require_supported
 from .headers import StoredTensor, read_headers, read_json
 
 REPORT = "ppf.json"

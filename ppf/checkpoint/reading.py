@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..errors import InputError
-from ..models.layout import TIED, build
+from ..model.layout import TIED, build
 from .checks import existing_folder, read_config, require_source, stored_tensors
 from .hashes import verify
 from .headers import StoredTensor, read_json

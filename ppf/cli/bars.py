@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..policy import Policy
-from ..structure import Structure
+from ..model.policy import Policy
+from ..model.structure import Structure
 
 _WIDTH = 24
 

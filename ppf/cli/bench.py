@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from ..runtime.benchmark import Row
+    from ..fast.runtime.benchmark import Row
 
 # Stock transformers: as it comes, and with a static cache and torch.compile.
 _NAMES = {"ppf": "ppf", "eager": "stock", "compiled": "compiled"}
@@ -36,7 +36,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Prefill and decode: tokens/s, GB/s, share of the physical limit, memory, beside stock transformers."""
-    from ..runtime.benchmark import RUNNERS, rows_as_dicts
+    from ..fast.runtime.benchmark import RUNNERS, rows_as_dicts
 
     chosen = _list("runners", runners, lambda name: name in RUNNERS, f"Use some of {', '.join(RUNNERS)}")
     sizes = [int(n) for n in _list("batches", batches, _is_batch, "Use whole numbers from 1 to 64, such as 1,16")]
@@ -57,7 +57,7 @@ def _measure(
     import torch
 
     from .._version import versions
-    from ..runtime.benchmark import decode_row, measure_ceilings, prefill_row
+    from ..fast.runtime.benchmark import decode_row, measure_ceilings, prefill_row
 
     rows, ceilings, where = [], None, {}
     for ratio, loaded in _models(path, ratios, device, dtype):
@@ -86,7 +86,7 @@ def _measure(
 def _models(path: Path, ratios: str, device: str, dtype: str) -> Iterator[tuple[float, Any]]:
     """(ratio, model): one checkpoint, or an elastic model set to one ratio after the other."""
     from ..checkpoint import resolve_device
-    from ..elastic.loading import load
+    from ..deliver.elastic.loading import load
 
     if not (path / "run.json").is_file():
         from .eval import load_for_computing

@@ -14,8 +14,8 @@ from .console import progress_bars, show
 from .options import Device, Json, Seed, TextFile
 
 if TYPE_CHECKING:
+    from ..fitting.run import Run
     from ..progress import Progress
-    from ..run import Run
 
 
 def compare(
@@ -38,8 +38,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Perplexity of PPF's and other methods' policies on a text that none of them was chosen on."""
-    from ..comparison import compare as compare_methods
-    from ..comparison import parse_methods
+    from ..lab.comparison import compare as compare_methods
+    from ..lab.comparison import parse_methods
 
     chosen, shares = parse_methods(methods), _ratios(ratios)
     with progress_bars() as progress:
@@ -60,8 +60,8 @@ def _open(
 ) -> Run:
     """The run at ``path``, or the one that fits the model at ``path`` and stands beside the comparison."""
     from ..fitting import fit
-    from ..run import Run, Settings
-    from ..run.directory import MANIFEST
+    from ..fitting.run import Run, Settings
+    from ..fitting.run.directory import MANIFEST
 
     if (path / MANIFEST).exists():
         if text is not None:
@@ -82,7 +82,7 @@ def _title(data: dict[str, Any]) -> str:
 
 
 def _table(data: dict[str, Any]) -> Table:
-    from ..comparison.page import table_of
+    from ..lab.comparison.page import table_of
 
     headers, rows = table_of(data)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -26,8 +26,8 @@ from .console import progress_bars, show
 from .options import Json
 
 if TYPE_CHECKING:
+    from ..fitting.run import Run
     from ..progress import Progress
-    from ..run import Run
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 _MODEL, _TEXT = DATA / "tiny-2m", DATA / "sample.txt"
@@ -75,7 +75,7 @@ def _split_text(folder: Path) -> tuple[Path, Path]:
 
 def _fit(text: Path, output: Path, evaluations: int, progress: Progress) -> Run:
     from ..fitting import fit
-    from ..run import Settings
+    from ..fitting.run import Settings
 
     settings = Settings(evaluations=evaluations, sequence_length=_SEQUENCE_LENGTH, evaluation_tokens=8192)
     return fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress)
@@ -102,8 +102,8 @@ def _compare(run: Run, folder: Path, held_out: Path, progress: Progress) -> dict
 
 def _deliver(run: Run, ratio: float, name: str, output: Path) -> dict[str, Any]:
     """Choose one policy, write its checkpoint, and return what is worth telling."""
-    from ..candidates.sampling import uniform_policy
-    from ..delivery.results import Choice, choose, deliver
+    from ..choose.candidates.sampling import uniform_policy
+    from ..deliver.results import Choice, choose, deliver
 
     start = time.perf_counter()
     choice = choose(run, ratio) if name == "ppf" else Choice(uniform_policy(run.grid, ratio), "uniform", ratio)

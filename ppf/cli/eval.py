@@ -45,8 +45,8 @@ def _measure(
     model: Path, text: Path, sequence_length: int, tokens: int | None, device: str, dtype: str
 ) -> dict[str, Any]:
     from ..checkpoint import load_tokenizer
-    from ..decoder.scoring import model_log_perplexity
-    from ..run import Protocol
+    from ..fitting.evaluation.scoring import model_log_perplexity
+    from ..fitting.run import Protocol
     from ..text import check_context, pack, read_tokens, take_tokens
 
     packed = pack(read_tokens(text, load_tokenizer(model)), sequence_length)
@@ -71,7 +71,7 @@ def _measure(
 def load_for_computing(model: Path, device: str, dtype: str) -> PreTrainedModel:
     """The model in ``dtype``; "auto" is the stored one, or float32 where the device does not compute in it."""
     from ..checkpoint import load, resolve_device
-    from ..decoder.scoring import in_compute_dtype
+    from ..fitting.evaluation.scoring import in_compute_dtype
 
     loaded = load(model, str(resolve_device(device)), dtype)
     return in_compute_dtype(loaded) if dtype == "auto" else loaded

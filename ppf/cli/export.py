@@ -12,7 +12,7 @@ from .console import lines, show
 from .options import Force, Json
 
 if TYPE_CHECKING:
-    from ..export import Source
+    from ..deliver.export import Source
 
 _FORMATS = ("hf", "gguf", "vllm", "deci")
 # Options that only one format has, with the value that says they were not given.
@@ -32,7 +32,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint for transformers, llama.cpp, vLLM or readers of DeciLM; says first what they would refuse."""
-    from ..export import open_source
+    from ..deliver.export import open_source
 
     options = {"dtype": dtype, "self_contained": self_contained, "tensor_parallel": tensor_parallel}
     _require_fitting(to, options)
@@ -51,7 +51,7 @@ def _require_fitting(to: str, options: dict[str, Any]) -> None:
 
 
 def _write(source: Source, output: Path, to: str, options: dict[str, Any], force: bool) -> dict[str, Any]:
-    from .. import export as formats
+    from ..deliver import export as formats
 
     if to == "gguf":
         return formats.to_gguf(source, output, options["dtype"] or "f16", force)

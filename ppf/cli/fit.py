@@ -41,9 +41,9 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
-    from ..delivery.price import portable_prices
+    from ..deliver.price import portable_prices
     from ..fitting import fit as fit_run
-    from ..run import Settings
+    from ..fitting.run import Settings
 
     settings = Settings(
         evaluations, seed, ranking, ffn_multiple, sequence_length, calibration_tokens, evaluation_tokens

@@ -44,7 +44,7 @@ def _generate(
     import torch
 
     from ..checkpoint import load_tokenizer
-    from ..runtime.generation import generate as run
+    from ..fast.runtime.generation import generate as run
 
     tokenizer, loaded = load_tokenizer(model), load_for_computing(model, device, dtype)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(loaded.device)

@@ -14,8 +14,8 @@ from .console import lines, show
 from .options import Json
 
 if TYPE_CHECKING:
-    from ..experience import Evaluation
-    from ..run import Run
+    from ..fitting.experience import Evaluation
+    from ..fitting.run import Run
 
 # A measured policy counts for a ratio if it is this near.
 _NEAR = 0.02
@@ -25,8 +25,8 @@ def info(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a run.")], as_json: Json = False
 ) -> None:
     """Facts about a checkpoint (dense or pruned) or a run. Reads no weights."""
-    from ..run import Run
-    from ..run.directory import MANIFEST
+    from ..fitting.run import Run
+    from ..fitting.run.directory import MANIFEST
 
     if (path / MANIFEST).exists():
         facts = run_facts(Run(path))
@@ -80,8 +80,8 @@ def _describe_run(facts: dict[str, Any]) -> str:
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
     from ..checkpoint.checks import REPORT, existing_folder, read_config, stored_tensors
     from ..checkpoint.headers import read_json
-    from ..models import policy_of
-    from ..structure import Structure
+    from ..model import policy_of
+    from ..model.structure import Structure
 
     config = read_config(existing_folder(path))
     stored = stored_tensors(path, config).values()

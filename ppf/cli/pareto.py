@@ -19,10 +19,10 @@ def pareto(
     as_json: Json = False,
 ) -> None:
     """Predicted and measured perplexity against size and, after `ppf profile`, latency: a page, JSON and a table."""
-    from ..delivery.pareto import pareto as curve
-    from ..delivery.pareto import pareto_page
     from ..files import write_json
-    from ..run import Run
+    from ..fitting.run import Run
+    from ..lab.pareto import pareto as curve
+    from ..lab.pareto import pareto_page
 
     data, folder = curve(Run(run)), output or run
     folder.mkdir(parents=True, exist_ok=True)

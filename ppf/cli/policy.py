@@ -20,8 +20,8 @@ def policy(
     as_json: Json = False,
 ) -> None:
     """The agent's policy for a size, with its predicted perplexity, in milliseconds."""
-    from ..delivery.request import Request, answer
-    from ..run import Run
+    from ..deliver.request import Request, answer
+    from ..fitting.run import Run
 
     opened = Run(run)
     budget = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context).budget(opened)

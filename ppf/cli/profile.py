@@ -12,8 +12,8 @@ from .console import lines, progress_bars, show
 from .options import Device, Json
 
 if TYPE_CHECKING:
-    from ..delivery.profiling import Build, Profile
-    from ..grid import Grid
+    from ..deliver.profiling import Build, Profile
+    from ..model.grid import Grid
     from ..progress import Progress
 
 
@@ -31,8 +31,8 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure the latency of every width on this device, for --latency-ms and --tokens-per-second."""
-    from ..delivery.profiling import Workload, check_workload
-    from ..delivery.request import PROFILE, save_profile
+    from ..deliver.profiling import Workload, check_workload
+    from ..deliver.request import PROFILE, save_profile
 
     grid, build, context, facts, is_run = _open(path, ffn_multiple, device)
     if output is None and not is_run:
@@ -57,12 +57,12 @@ def _open(path: Path, ffn_multiple: int, device: str) -> tuple[Grid, Build, int,
     import torch
 
     from .. import checkpoint
-    from ..decoder.weights import DecoderWeights, LayerRanking
-    from ..delivery.profiling import profile_facts
-    from ..grid import Grid
-    from ..run import Run
-    from ..run.directory import MANIFEST
-    from ..surgery import materialize
+    from ..deliver.profiling import profile_facts
+    from ..fitting.materialise import materialize
+    from ..fitting.run import Run
+    from ..fitting.run.directory import MANIFEST
+    from ..model.grid import Grid
+    from ..model.weights import DecoderWeights, LayerRanking
 
     is_run = (path / MANIFEST).exists()
     target = checkpoint.resolve_device(device)
@@ -79,7 +79,7 @@ def _open(path: Path, ffn_multiple: int, device: str) -> tuple[Grid, Build, int,
 
 
 def _measure(grid: Grid, build: Build, workloads: tuple, progress: Progress) -> list[Profile]:
-    from ..delivery.profiling import measure_profile
+    from ..deliver.profiling import measure_profile
 
     return [
         measure_profile(grid, build, w, lambda _, done, total, w=w: progress(f"profile {w.phase}", done, total))

@@ -14,10 +14,10 @@ from .options import Context, Device, Flops, Force, Json, LatencyMs, MemoryGb, R
 from .policy import predicted
 
 if TYPE_CHECKING:
-    from ..delivery.request import Request
-    from ..delivery.results import Choice
+    from ..deliver.request import Request
+    from ..deliver.results import Choice
+    from ..fitting.run import Run
     from ..progress import Progress
-    from ..run import Run
 
 
 def prune(
@@ -39,9 +39,9 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
-    from ..delivery.request import Request
-    from ..delivery.results import check_destination, deliver
-    from ..run import Run
+    from ..deliver.request import Request
+    from ..deliver.results import check_destination, deliver
+    from ..fitting.run import Run
 
     opened = Run(run, device=device)
     check_destination(opened, output, force)
@@ -57,8 +57,8 @@ def prune(
 
 
 def _routes(output: Path) -> dict[str, str | None]:
-    from ..export import open_source
-    from ..export.routes import routes
+    from ..deliver.export import open_source
+    from ..deliver.export.routes import routes
 
     return routes(open_source(output))
 
@@ -66,8 +66,8 @@ def _routes(output: Path) -> dict[str, str | None]:
 def _choose(
     run: Run, request: Request, search: int | None, policy: Path | None, portable: bool, progress: Progress
 ) -> Choice:
-    from ..delivery.portable import choose_portable
-    from ..delivery.results import Choice, choose_for, read_policy
+    from ..deliver.portable import choose_portable
+    from ..deliver.results import Choice, choose_for, read_policy
 
     if policy is not None:
         for name, value in (*request.given.items(), ("search", search), ("portable", portable or None)):

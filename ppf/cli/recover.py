@@ -32,8 +32,8 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Train a pruned checkpoint, taught by the dense model. Interrupt it at will: the same command resumes."""
-    from ..recovery import RecoverySettings
-    from ..recovery import recover as recover_checkpoint
+    from ..deliver.recovery import RecoverySettings
+    from ..deliver.recovery import recover as recover_checkpoint
 
     settings = RecoverySettings(
         method, tokens, learning_rate, distillation, sequence_length, batch_tokens, micro_tokens, rank, seed

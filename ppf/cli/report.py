@@ -25,8 +25,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Measure policies the run has not seen, and score its predictor on them within each ratio. Resumes when killed."""
-    from ..report import report as report_card
-    from ..run import Run
+    from ..fitting.run import Run
+    from ..lab.report import report as report_card
 
     opened = Run(run, device=device)
     kinds = tuple(kind for kind in compare.split(",") if kind)
@@ -42,7 +42,7 @@ def report(
 
 
 def _table(data: dict, group: str) -> Table:
-    from ..report.page import score_table
+    from ..lab.report.page import score_table
 
     headers, rows = score_table(data["scores"][group])
     wanted = [index for index, header in enumerate(headers) if header not in _PAGE_ONLY]

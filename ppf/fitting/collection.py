@@ -12,20 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import agent as agent_kinds
-from .. import predictor as predictor_kinds
-from ..agent import Agent, train_agent
-from ..evaluation import Evaluator
-from ..evaluation.measurement import measure_many
-from ..experience import Evaluation, Experience
-from ..grid import Grid
-from ..policy import Policy
-from ..predictor import Predictor, make_predictor
-from ..predictor.training import fit_predictor
+from ..choose import agent as agent_kinds
+from ..choose import predictor as predictor_kinds
+from ..choose.agent import Agent, train_agent
+from ..choose.predictor import Predictor, make_predictor
+from ..choose.predictor.training import fit_predictor
+from ..model.grid import Grid
+from ..model.policy import Policy
 from ..progress import Progress, silent
-from ..run.settings import MINIMUM_EVALUATIONS
-from ..search.exploration import initial_proposals, next_proposals
+from .evaluation import Evaluator
+from .evaluation.measurement import measure_many
+from .experience import Evaluation, Experience
 from .rounds import Journal, Round
+from .run.settings import MINIMUM_EVALUATIONS
+from .search.exploration import initial_proposals, next_proposals
 
 _INITIAL_SHARE = 0.3
 _ROUNDS = 8

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..choose.predictor import Prediction
 from ..files import write_json
-from ..predictor import Prediction
 
 _IN_A_ROW = 2
 

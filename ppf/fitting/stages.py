@@ -13,24 +13,24 @@ from transformers import LlamaForCausalLM
 
 from .. import checkpoint
 from .._version import versions
-from ..agent import error_energies
-from ..decoder.calibration import LayerStatistics, calibrate
-from ..decoder.weights import LayerRanking, permute_layer
+from ..choose.agent import error_energies
 from ..errors import InputError
 from ..files import require_space, write_json, write_safetensors
-from ..library import library_bytes, refit_layer, save_refits
-from ..precision import compute_dtype
+from ..model.precision import compute_dtype
+from ..model.structure import Structure
+from ..model.weights import LayerRanking, permute_layer
 from ..progress import Progress, silent
-from ..ranking import rank_layer
-from ..ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
-from ..run import Run, Settings
-from ..run.directory import MANIFEST, ROUNDS, layer_file, read_manifest
-from ..run.settings import portable_settings
-from ..search.exploration import check_evaluations
-from ..structure import Structure
 from ..text import Splits, check_context, pack, read_tokens, split, take_tokens
+from .calibration import LayerStatistics, calibrate
 from .collection import Learning, collect, learn
+from .library import library_bytes, refit_layer, save_refits
+from .ranking import rank_layer
+from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
 from .rounds import Journal
+from .run import Run, Settings
+from .run.directory import MANIFEST, ROUNDS, layer_file, read_manifest
+from .run.settings import portable_settings
+from .search.exploration import check_evaluations
 
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0

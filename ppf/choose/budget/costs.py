@@ -1,0 +1,61 @@
+"""What policies cost: a table of every sub-layer's cost at every level, plus what does not depend on the policy.
+
+Parameters, bytes and floating-point operations are exact; milliseconds come from a profile
+(:mod:`ppf.deliver.profiling`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...model.grid import Grid
+
+
+@dataclass(frozen=True)
+class Costs:
+    """``table`` fp64 [S, K] never falls with the level and stays at its last value beyond a sub-layer's maximum;
+    ``constant`` is the cost of embeddings, head and the like; both in ``unit``."""
+
+    table: Tensor
+    constant: float
+    unit: str
+
+    def of(self, levels: Tensor) -> Tensor:
+        """Total cost, fp64 [...], of int64 levels [..., S]."""
+        table = self.table.to(levels.device)
+        return table.gather(1, levels.flatten(0, -2).T).sum(0).view(levels.shape[:-1]) + self.constant
+
+    def range(self, grid: Grid) -> tuple[float, float]:
+        """The least and the most that a policy of ``grid`` can cost."""
+        least, most = (float(self.of(torch.tensor([levels]))) for levels in (grid.minimum, grid.maximum))
+        return least, most
+
+
+def linear(grid: Grid, per_group: float, per_channel: float, constant: float, unit: str) -> Costs:
+    """Costs that grow by the same amount with every kv-group and with every FFN channel."""
+    layers = grid.structure.layers
+    step = torch.tensor([per_group] * layers + [per_channel * grid.ffn_multiple] * layers, dtype=torch.float64)
+    level = torch.arange(grid.levels, dtype=torch.float64)
+    return Costs(step[:, None] * torch.minimum(level, torch.tensor(grid.maximum)[:, None]), constant, unit)
+
+
+def parameters(grid: Grid) -> Costs:
+    """Decoder parameters as :class:`ppf.model.structure.Structure` counts them; embeddings, head and norms are left out."""
+    return linear(grid, grid.structure.kv_group_cost, grid.structure.channel_cost, 0, "parameters")
+
+
+def weight_bytes(grid: Grid, element: int, other_parameters: int) -> Costs:
+    """Bytes of all weights at ``element`` bytes each, with ``other_parameters`` outside the decoder's units."""
+    s = grid.structure
+    return linear(grid, element * s.kv_group_cost, element * s.channel_cost, element * other_parameters, "bytes")
+
+
+def token_flops(grid: Grid, context: int, vocabulary: int) -> Costs:
+    """Floating-point operations of one token that attends to ``context`` others: 2 a parameter, 4·g·d a position and
+    kv-group for scores and values, 2·hidden·vocabulary for the head."""
+    s = grid.structure
+    group = 2 * s.kv_group_cost + 4 * context * s.group_rows
+    return linear(grid, group, 2 * s.channel_cost, 2 * s.hidden * vocabulary, "FLOPs per token")

@@ -1,0 +1,55 @@
+"""vLLM: what it will refuse, said before it is served, and a folder that its plugin opens.
+
+``pip install ppf`` beside vLLM registers the model class (ppf/export/vllm_plugin.py); the folder itself is the Hugging
+Face one, with the answer of the check in its report.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from .hf import write_copy
+from .source import Source, check_destination
+
+_SIZES = (1, 2, 4, 8, 16)
+
+
+def to_vllm(source: Source, output: str | Path, tensor_parallel: int = 1, force: bool = False) -> dict[str, Any]:
+    """Write ``source`` for ``vllm serve``; returns what ``ppf.json`` says about the export.
+
+    Raises ``InputError``, before anything is written, for what vLLM would refuse on ``tensor_parallel`` GPUs.
+    """
+    check_destination(source, output, force)
+    require_servable(source, tensor_parallel)
+    fits = [size for size in _SIZES if tensor_parallel_problem(source, size) is None]
+    facts = {"format": "vllm", "tensor_parallel": tensor_parallel, "tensor_parallel_sizes": fits}
+    return write_copy(source, output, facts, force)
+
+
+def require_servable(source: Source, tensor_parallel: int) -> None:
+    """Raise ``InputError`` for a layer without attention, and for widths that so many GPUs cannot share evenly."""
+    if tensor_parallel < 1:
+        raise InputError("tensor-parallel", tensor_parallel, "is no number of GPUs", "Use a whole number, at least 1")
+    for index, (heads, _, _) in enumerate(source.widths):
+        if not heads:
+            problem = "vLLM's general back end gives every layer a key/value cache, and has none of this width"
+            remedy = "Fit and prune with --portable, which keeps attention everywhere, or export to hf or gguf"
+            raise InputError(f"attention heads of layer {index}", 0, problem, remedy)
+    problem = tensor_parallel_problem(source, tensor_parallel)
+    if problem:
+        fits = [size for size in _SIZES if tensor_parallel_problem(source, size) is None]
+        raise InputError("tensor-parallel", tensor_parallel, problem, f"This checkpoint fits {fits}")
+
+
+def tensor_parallel_problem(source: Source, size: int) -> str | None:
+    """Why ``size`` GPUs cannot share the layers evenly, or None. Fewer kv heads than GPUs are copied, if evenly."""
+    for index, (heads, kv_heads, channels) in enumerate(source.widths):
+        if heads % size:
+            return f"layer {index} has {heads} query heads"
+        if kv_heads and (kv_heads % size if kv_heads >= size else size % kv_heads):
+            return f"layer {index} has {kv_heads} key/value heads"
+        if channels % size:
+            return f"layer {index} has {channels} FFN channels"
+    return None

@@ -1,0 +1,81 @@
+"""A policy that every reader accepts, from a run of all policies or of portable ones: chosen, and its price told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..choose.budget.projection import check_ratio, projector_of
+from ..choose.candidates.breeding import breed, cautious
+from ..choose.candidates.sampling import random_levels
+from ..errors import InputError
+from ..fitting.evaluation.measurement import measure_many
+from ..fitting.run import Run
+from ..fitting.search import SEARCH_ROUND
+from ..model.grid import Grid, portable_multiple
+from ..model.policy import Policy
+from .results import Choice
+
+_CAUTION = 1.0  # standard deviations: breeding goes where the predictor was never asked
+_RANDOM, _KNOWN = 24, 24
+_MEASURED = 8
+
+
+def portable_grid(run: Run) -> Grid:
+    """The portable policies among those of ``run``. Raises ``InputError`` if its own FFN widths do not hit them."""
+    step = portable_multiple(run.structure)
+    if run.grid.ffn_multiple % step == 0:
+        step = run.grid.ffn_multiple
+    if step % run.grid.ffn_multiple:
+        problem = f"the run's FFN widths are multiples of {run.grid.ffn_multiple}, which do not hit those of {step}"
+        raise InputError("portable", True, problem, "Fit the model with --portable")
+    return Grid(run.structure, step, portable=True)
+
+
+def choose_portable(run: Run, ratio: float) -> Choice:
+    """A portable policy of ``ratio``, and what it costs beside the agent's own.
+
+    Bred on the predictor among portable policies only; the most promising are measured truly, and so is the agent's
+    policy of the size that the best one has. Their figures are the choice's ``portable``. Raises ``InputError`` for a
+    ratio beyond what portable policies can give.
+    """
+    grid = portable_grid(run)
+    check_ratio(ratio, grid)
+    candidates = grid.decode(_bred(run, grid, ratio)[:_MEASURED])
+    measured = dict(zip(candidates, _measure(run, candidates), strict=True))
+    best = min(candidates, key=measured.__getitem__)
+    free = run.policy(run.grid.ratio(best)).policy  # widths go in steps: compare at the size it got, not the one asked
+    return Choice(best, "portable", ratio, portable=_cost(run, measured[best], _measure(run, [free])[0], free))
+
+
+def _measure(run: Run, policies: list[Policy]) -> list[float]:
+    return measure_many(run.evaluator(), run.experience, policies, SEARCH_ROUND, "search")
+
+
+def _cost(run: Run, portable: float, free: float, policy: Policy) -> dict[str, Any]:
+    """Perplexities by masked evaluation on the run's evaluation text; ``cost`` is their quotient less one."""
+    return {
+        "perplexity": math.exp(portable),
+        "unrestricted": {
+            "perplexity": math.exp(free),
+            "delivered_ratio": run.grid.ratio(policy),
+            "policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)},
+        },
+        "cost": math.exp(portable - free) - 1,
+    }
+
+
+def _bred(run: Run, grid: Grid, ratio: float) -> Tensor:
+    """Levels int64 [P, S] on ``grid``, most promising first."""
+    free = run.policy(ratio).policy
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    near = sorted(run.experience.rows(), key=lambda row: row.log_perplexity + 100 * abs(row.ratio - ratio))
+    known = run.grid.encode([free, *(row.policy for row in near[:_KNOWN])]) / torch.tensor(run.grid.maximum)
+    moved = projector_of(grid, known.device).nearest(known, torch.full((len(known),), ratio))
+    start = torch.cat((moved, random_levels(grid, torch.full((_RANDOM,), ratio), generator)))
+    opinion = cautious(run.predictor, _CAUTION)
+    scale = torch.tensor(grid.steps) // torch.tensor(run.grid.steps)
+    return breed(start[None], torch.tensor([ratio]), lambda levels: opinion(levels * scale), grid, generator)[0]

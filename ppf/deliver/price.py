@@ -1,0 +1,86 @@
+"""What a portable run gives up: policies of the same size without the restriction, looked for with true evaluations.
+
+A portable run has learnt nothing of other policies, so this is a plain evolution from its own answer, and what it finds
+is a lower bound of the price. An ordinary run knows better: prune that with --portable.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..choose.candidates.sampling import mutate, random_levels
+from ..files import write_json
+from ..fitting.evaluation import Evaluator
+from ..fitting.run import Run, Settings
+from ..model.grid import Grid
+from ..progress import Progress, silent
+
+PRICES = "portable.json"
+_RATIOS = (0.3, 0.5)
+_SHARE = 0.1  # of the fit's evaluations, for each ratio
+_PARENTS, _RANDOM = 4, 4
+
+
+def portable_prices(run: Run, progress: Progress = silent) -> list[dict[str, Any]]:
+    """Ratio, perplexity of the portable answer, the best found without the restriction, and ``cost``, their quotient
+    less one, for each of a few ratios. Kept in the run, and measured once.
+
+    Perplexities are by masked evaluation on the run's evaluation text.
+    """
+    file = run.path / PRICES
+    if not file.exists():
+        ratios = [ratio for ratio in _RATIOS if ratio < run.grid.maximum_ratio]
+        count = max(2 * _PARENTS, round(_SHARE * run.settings.evaluations))
+        free = _free(run)
+        prices = []
+        for index, ratio in enumerate(ratios):
+            prices.append(_price(run, free, ratio, count))
+            progress("price", index + 1, len(ratios))
+        write_json(file, {"prices": prices})
+    return json.loads(file.read_text(encoding="utf-8"))["prices"]
+
+
+def _free(run: Run) -> Evaluator:
+    """The run's evaluator on an unrestricted grid: its library serves any width."""
+    other = copy.copy(run)
+    other.grid = Grid(run.structure, math.gcd(run.grid.ffn_multiple, Settings().ffn_multiple))
+    other.__dict__.pop("library", None)  # of the run's own widths
+    return other.evaluator()
+
+
+def _price(run: Run, free: Evaluator, ratio: float, count: int) -> dict[str, Any]:
+    answer = run.policy(ratio)
+    portable = free.log_perplexities([answer.policy])[0]
+    found = min(portable, _evolve(free, free.grid.encode([answer.policy]), answer.delivered_ratio, count, run))
+    return {
+        "ratio": answer.delivered_ratio,
+        "perplexity": math.exp(portable),
+        "unrestricted": math.exp(found),
+        "evaluations": count,
+        "cost": math.exp(portable - found) - 1,
+    }
+
+
+def _evolve(free: Evaluator, start: Tensor, ratio: float, count: int, run: Run) -> float:
+    """The lowest log-perplexity of ``count`` policies bred from ``start`` int64 [1, S] and a few random ones."""
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    pool = torch.cat((random_levels(free.grid, torch.full((_RANDOM,), ratio), generator), start))
+    values, spent = _measured(free, pool), _RANDOM
+    while spent < count:
+        best = values.argsort()[:_PARENTS]
+        pool, values = pool[best], values[best]
+        children = mutate(pool.repeat_interleave(2, 0), free.grid, generator, ratio=ratio)[: count - spent]
+        pool, values = torch.cat((pool, children)), torch.cat((values, _measured(free, children)))
+        spent += len(children)
+    return float(values.min())
+
+
+def _measured(free: Evaluator, levels: Tensor) -> Tensor:
+    values = torch.tensor(free.log_perplexities(free.grid.decode(levels)), dtype=torch.float64)
+    return values.nan_to_num(torch.inf, torch.inf, torch.inf)

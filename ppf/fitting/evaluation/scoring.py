@@ -1,0 +1,58 @@
+"""Perplexity of a Hugging Face model itself: the protocol of :mod:`ppf.fitting.evaluation`, on real modules."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...errors import InputError, PPFError
+from ...fast.forward import head_losses
+from ...model.precision import compute_dtype
+from ...progress import Progress, silent
+from ...text import batches
+
+_PROBE_TOKENS = 8
+
+
+@torch.no_grad()
+def model_log_perplexity(model: PreTrainedModel, sequences: Tensor, progress: Progress = silent) -> float:
+    """Mean negative log-likelihood in nats of int64 ``sequences`` [N, T], each scored from its second token on.
+
+    Logits exist for a block of tokens at a time, so that a vocabulary of 128k fits. ``progress`` counts tokens.
+    Raises ``InputError`` for a model whose logits are not its head applied to its hidden states, and ``PPFError`` if
+    the result is not finite.
+    """
+    _require_plain_head(model, sequences[:1, :_PROBE_TOKENS])
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+    total, scored = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    for batch in batches(sequences, model.device):
+        tokens = batch.to(model.device)
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        total += head_losses(hidden, head, tokens).double().sum()
+        scored += tokens.numel()
+        progress("score", scored, sequences.numel())
+    count, length = sequences.shape
+    value = float(total) / (count * (length - 1))
+    if not math.isfinite(value):
+        raise PPFError(f"the log-perplexity is {value}: activations overflow in {model.dtype}. Use float32 or bfloat16")
+    return value
+
+
+def in_compute_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` itself if its device computes well in its dtype, else a copy in one that it does (fp16 on a CPU)."""
+    dtype = compute_dtype(model.dtype, model.device)
+    return model if dtype is model.dtype else copy.deepcopy(model).to(dtype)
+
+
+def _require_plain_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Some architectures scale or cap their logits after the head; scoring in blocks would miss that."""
+    tokens = tokens.to(model.device)
+    logits = model(input_ids=tokens, use_cache=False).logits
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=0.02, atol=0.02, equal_nan=True):
+        problem = "its logits are not its output embedding applied to its hidden states"
+        raise InputError("model", type(model).__name__, problem, "Score a Llama, a Mistral or a result of PPF")

@@ -1,0 +1,229 @@
+"""The library: for every sub-layer and level, the output projection refitted to reproduce the dense output best.
+
+With the units in ranking order, the kept inputs of a level are the leading block of the Gram H. One Cholesky
+factorisation H + λI = L Lᵀ therefore serves every level: the leading block of L⁻¹ inverts the leading block of L, and
+with Y = W H L⁻ᵀ the least-squares solution W H[:,S] (H[S,S] + λI)⁻¹ is Y[:, :w] · L⁻¹[:w, :w]. Only Y and L⁻¹ are kept
+(C² + hidden·C numbers, whatever the number of levels). L⁻¹ is triangular, so that a level's solution is the one before
+plus one product with the rows in between: all levels together cost what a single dense product does.
+
+Everything up to Y and L⁻¹ is fp64: rounding a Gram with a few dominant directions to tf32 or fp32 before factorising it
+asks for a hundred times the damping. Rounded afterwards to fp32, a solution is off by √cond(H + λI) roundings, at most
+some 3,000 for 11,008 inputs at the default damping: 2e-4, an eighteenth of a bf16 rounding. Products with L⁻¹ are full
+fp32 for the same reason; tf32 would be off by as much as the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import PPFError
+from ..files import write_safetensors
+from ..model.grid import Grid
+from ..model.weights import LayerRanking, LayerWeights, expand_units
+from .calibration import LayerStatistics, Statistics
+
+# Share of the Gram's mean diagonal added to it. See dev/LOG.md for the values tried.
+DAMPING = 1e-3
+# Up to this many inputs the factors are kept in fp64: it costs megabytes. Beyond, fp32 halves gigabytes.
+_EXACT_INPUTS = 2048
+# Solved levels to keep: on a CPU so many bytes, on a GPU this share of the memory that is free.
+_CACHE_BYTES, _FREE_SHARE = 8 << 30, 0.85
+
+
+@dataclass(frozen=True)
+class Refit:
+    """One sub-layer's refits in factored form; n inputs in ranking order.
+
+    ``error[level]`` is the level's error energy (E‖(Ŵ − W)x‖² + λ‖Ŵ‖²) / E‖Wx‖² over the calibration text, fp64: what
+    the refit minimises, 1 at width 0 and 0 at full width, where the dense weight itself stands.
+    """
+
+    dense: Tensor  # [hidden, n]
+    half: Tensor  # Y = W H L⁻ᵀ [hidden, n]; with ``inverse`` on the device, or in a memory-mapped file
+    inverse: Tensor  # L⁻¹ [n, n]
+    widths: tuple[int, ...]  # channels of each level
+    error: Tensor  # [levels]
+
+    def weight(self, level: int) -> Tensor:
+        """The refitted output projection [hidden, widths[level]] in the dense one's dtype; solved at each call."""
+        if self.widths[level] == self.dense.shape[1]:
+            return self.dense
+        *_, solution = self.solutions(level)
+        return solution
+
+    def solutions(self, last: int | None = None) -> Iterator[Tensor]:
+        """The weights of all levels from 0 to ``last``, to the bit those of :meth:`weight`."""
+        device, dtype = self.dense.device, self.half.dtype
+        total = torch.zeros(self.dense.shape, dtype=dtype, device=device)
+        before = 0
+        for width in self.widths[: None if last is None else last + 1]:
+            new = slice(before, width)
+            total[:, :width].addmm_(self.half[:, new].to(device), self.inverse[new, :width].to(device))
+            before = width
+            yield self.dense if width == total.shape[1] else total[:, :width].to(self.dense.dtype).contiguous()
+
+
+def refit(
+    weight: Tensor, statistics: Statistics, order: Tensor, widths: Sequence[int], damping: float = DAMPING
+) -> Refit:
+    """Least-squares refits of an output projection for each prefix width.
+
+    ``weight`` [hidden, n] is already in ranking order; ``order`` int64 [n] is that order, which takes the statistics'
+    channels (in checkpoint order) along; ``widths`` are channel counts. The full width keeps ``weight`` bit for bit.
+    Raises ``PPFError`` if the Gram is not positive definite even after damping (NaN activations, say).
+    """
+    order = order.to(statistics.gram.device)
+    gram = statistics.gram[order][:, order].double()
+    dense = weight.double()
+    # The floor is for a sub-layer whose input is always zero: it has nothing to refit, and that is no error.
+    added = damping * gram.diagonal().mean().clamp_min(1e-30)
+    target = dense @ gram
+    gram.diagonal().add_(added)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    half = target @ inverse.T
+    if int(info) or not half.isfinite().all():
+        raise PPFError("the calibration Gram is not positive definite: the model's activations hold NaN or Inf")
+    dtype = torch.float64 if len(gram) <= _EXACT_INPUTS else torch.float32
+    error = _error_energies(half, (target * dense).sum(), widths)
+    return Refit(weight, half.to(dtype), inverse.to(dtype), tuple(widths), error)
+
+
+def _error_energies(half: Tensor, energy: Tensor, widths: Sequence[int]) -> Tensor:
+    """Relative error energies fp64 [levels]: a prefix of w inputs explains ‖Y[:, :w]‖² of the dense output's energy."""
+    explained = torch.cat((half.new_zeros(1), half.square().sum(0).cumsum(0)))[list(widths)]
+    error = (1 - explained / energy.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0).cpu()
+    error[torch.tensor(widths) == half.shape[1]] = 0
+    return error
+
+
+def refit_layer(
+    layer: LayerWeights, statistics: LayerStatistics, ranking: LayerRanking, grid: Grid, damping: float = DAMPING
+) -> tuple[Refit, Refit]:
+    """One layer's refits of o and down; ``layer`` is in ranking order, ``statistics`` in checkpoint order."""
+    groups, channels = _widths(grid)
+    query = expand_units(ranking.attention, grid.structure.group_rows)
+    return (
+        refit(layer.o, statistics.attention, query, groups, damping),
+        refit(layer.down, statistics.ffn, ranking.ffn, channels, damping),
+    )
+
+
+class Library:
+    """Refitted output projections by sub-layer (numbered as in :class:`Grid`) and level.
+
+    If the solutions of all levels fit into ``cache_bytes`` (default: 8 GiB on a CPU, 85 % of what is free on a GPU), a
+    sub-layer's are solved together when the first one is asked for, and kept. Otherwise each is solved when asked for,
+    and the most recently used are kept. The results are the same, bit for bit.
+    """
+
+    def __init__(self, refits: Sequence[Refit], dtype: torch.dtype | None = None, cache_bytes: int | None = None):
+        self._refits = tuple(refits)
+        self._dtype = dtype
+        self._limit = _room(self._refits[0].dense.device) if cache_bytes is None else cache_bytes
+        self._all_fit = sum(_solved_bytes(refit, dtype) for refit in self._refits) <= self._limit
+        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def weight(self, sublayer: int, level: int) -> Tensor:
+        """The refitted o or down, [hidden, width of that level]."""
+        key = (sublayer, level)
+        if key not in self._cache:
+            refit = self._refits[sublayer]
+            solved = enumerate(refit.solutions()) if self._all_fit else [(level, refit.weight(level))]
+            for at, weight in solved:
+                self._keep((sublayer, at), weight if self._dtype is None else weight.to(self._dtype))
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def levels(self, sublayer: int) -> Tensor:
+        """The refitted o or down of all levels, [levels, hidden, n], zero past each level's width. Not kept here."""
+        refit = self._refits[sublayer]
+        stacked = refit.dense.new_zeros((len(refit.widths), *refit.dense.shape), dtype=self._dtype)
+        for level, weight in enumerate(refit.solutions()):
+            stacked[level, :, : weight.shape[1]] = weight
+        return stacked
+
+    def _keep(self, key: tuple[int, int], weight: Tensor) -> None:
+        self._cache[key] = weight
+        self._bytes += weight.nbytes
+        while self._bytes > self._limit and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1].nbytes
+
+    def to(self, dtype: torch.dtype) -> Library:
+        """The same refits, handed out in ``dtype``."""
+        return Library(self._refits, dtype, self._limit)
+
+    def error(self, sublayer: int) -> Tensor:
+        """Relative output error energy of every level of a sub-layer, fp64 [levels]."""
+        return self._refits[sublayer].error
+
+
+def _room(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CACHE_BYTES
+    return int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def _solved_bytes(refit: Refit, dtype: torch.dtype | None) -> int:
+    return sum(refit.widths) * len(refit.dense) * (dtype or refit.dense.dtype).itemsize
+
+
+_STORED = "half", "inverse", "error"
+TENSORS = tuple(f"{kind}.{name}" for kind in ("attention", "ffn") for name in _STORED)
+
+
+def save_refits(path: Path, attention: Refit, ffn: Refit) -> None:
+    """Write one layer's factors; the dense weights are the checkpoint's and are not stored again."""
+    parts = ("attention", attention), ("ffn", ffn)
+    write_safetensors(path, {f"{kind}.{name}": getattr(part, name) for kind, part in parts for name in _STORED})
+
+
+def load_refits(
+    tensors: dict[str, Tensor], layer: LayerWeights, grid: Grid, on_device: bool = True
+) -> tuple[Refit, Refit]:
+    """Inverse of :func:`save_refits`, for the same layer in ranking order and the same grid.
+
+    ``on_device`` moves the factors to the layer's device; otherwise they stay where ``tensors`` are (memory-mapped, as
+    safetensors reads them), and what a solution needs of them is copied when it is solved.
+    """
+
+    def load(kind: str, dense: Tensor, widths: Sequence[int]) -> Refit:
+        half, inverse = (tensors[f"{kind}.{name}"] for name in ("half", "inverse"))
+        if on_device:
+            half, inverse = half.to(dense.device), inverse.to(dense.device)
+        return Refit(dense, half, inverse, tuple(widths), tensors[f"{kind}.error"])
+
+    groups, channels = _widths(grid)
+    return load("attention", layer.o, groups), load("ffn", layer.down, channels)
+
+
+def fits_on_device(grid: Grid, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GPU has room for all factors and all solutions; always true on a CPU, where they are mapped anyway."""
+    if device.type != "cuda":
+        return True
+    solved = grid.structure.hidden * dtype.itemsize * grid.structure.layers * sum(sum(w) for w in _widths(grid))
+    return library_bytes(grid) + solved <= _room(device)
+
+
+def library_bytes(grid: Grid) -> int:
+    """Bytes of all factors of a model, in memory and on disk."""
+    s = grid.structure
+
+    def sublayer(inputs: int) -> int:
+        return (8 if inputs <= _EXACT_INPUTS else 4) * inputs * (inputs + s.hidden)
+
+    return s.layers * (sublayer(s.kv_groups * s.group_rows) + sublayer(s.channels))
+
+
+def _widths(grid: Grid) -> tuple[list[int], list[int]]:
+    """Channels of every level of an attention and of an FFN sub-layer."""
+    groups = [level * grid.structure.group_rows for level in range(grid.maximum[0] + 1)]
+    return groups, [level * grid.ffn_multiple for level in range(grid.maximum[-1] + 1)]

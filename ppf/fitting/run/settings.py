@@ -1,0 +1,73 @@
+"""What a fit is asked for. Two fits with equal settings and models give the same run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ...choose import agent as agent_kinds
+from ...choose import predictor as predictor_kinds
+from ...errors import InputError
+from ...model.grid import Grid, portable_multiple
+from ...model.structure import Structure
+from ..ranking import check_ranking
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``ppf fit``; all counts in tokens or evaluations."""
+
+    evaluations: int = 600
+    seed: int = 0
+    ranking: str = "wanda-sp"
+    ffn_multiple: int = 64
+    sequence_length: int = 512
+    calibration_tokens: int = 131_072
+    evaluation_tokens: int = 16_384
+    predictor: str = predictor_kinds.DEFAULT
+    agent: str = agent_kinds.DEFAULT
+    early_stop: bool = False
+    portable: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranking(self.ranking)
+        predictor_kinds.predictor_named(self.predictor)
+        agent_kinds.trainer_named(self.agent)
+        smallest = {
+            "evaluations": (MINIMUM_EVALUATIONS, "the predictor cannot learn from fewer"),
+            "seed": (0, "seeds are not negative"),
+            "ffn_multiple": (1, "widths are whole channels"),
+            "sequence_length": (2, "a shorter sequence predicts no token"),
+            "calibration_tokens": (1, "there must be something to calibrate on"),
+            "evaluation_tokens": (1, "there must be something to evaluate on"),
+        }
+        for name, (least, why) in smallest.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(name.replace("_", "-"), value, why, f"Use a whole number, at least {least}")
+
+    def grid(self, structure: Structure) -> Grid:
+        """The grid of policies that a fit with these settings learns."""
+        return Grid(structure, self.ffn_multiple, self.portable)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Settings:
+        """Inverse of :meth:`to_dict`; raises ``TypeError`` for unknown names."""
+        return cls(**data)
+
+    def difference(self, other: Settings) -> str | None:
+        """The name of the first setting in which the two differ, or None."""
+        return next((f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
+
+
+# Fewer rows than this leave some members of the predictor without a batch to learn from.
+MINIMUM_EVALUATIONS = 24
+
+
+def portable_settings(settings: Settings, structure: Structure) -> Settings:
+    """``settings`` on a portable grid: a larger FFN multiple than the portable one stays if it is a multiple of it."""
+    step = portable_multiple(structure)
+    return settings if settings.ffn_multiple % step == 0 else replace(settings, ffn_multiple=step)

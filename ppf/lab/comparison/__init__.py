@@ -1,0 +1,130 @@
+"""``ppf compare``: PPF and its peers on one run, one ranking, one library and one evaluator, side by side.
+
+OUTPUT/question.json     run, report text and seed: a resumed comparison must ask the same
+OUTPUT/cells/…           one method at one ratio each
+OUTPUT/comparison.json   everything, OUTPUT/comparison.html the same for people
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._version import versions
+from ...checkpoint import load_tokenizer
+from ...choose.budget.projection import check_ratio
+from ...errors import InputError
+from ...files import write_json
+from ...fitting.run import Protocol, Run
+from ...progress import Progress, silent
+from ...text import pack, read_tokens, take_tokens
+from .cells import Cells, compute
+from .methods import ALL, Method, parse_methods
+from .page import comparison_page
+
+_QUESTION = "question.json"
+
+
+def compare(
+    run: Run,
+    text: str | Path,
+    output: str | Path,
+    methods: Sequence[Method],
+    ratios: Sequence[float],
+    tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Compare ``methods`` at ``ratios``; perplexities are reported on ``text``, in the run's sequence length.
+
+    Writes into ``output`` and returns what ``comparison.json`` holds. If ``output`` holds an unfinished comparison of
+    the same run and text, its finished cells are kept; methods and ratios may be added. Raises ``InputError`` for
+    anything wrong with the arguments, before any work: among it a ``text`` that policies were chosen on.
+    """
+    output = Path(output)
+    for ratio in ratios:
+        check_ratio(ratio, run.grid)
+    sequences = take_tokens(
+        pack(read_tokens(text, load_tokenizer(run.model_path)), run.settings.sequence_length), tokens
+    )
+    part = "all of it" if tokens is None else "evenly spaced sequences"
+    protocol = Protocol.of_file(text, sequences, part)
+    _require_other_text(run, protocol)
+    _ask(output, {"run": _identity(run), "protocol": protocol.to_dict(), "seed": seed})
+    cells = compute(Cells(run, sequences, output / "cells", seed), methods, ratios, progress)
+    data = _summary(run, protocol, seed, ratios, cells)
+    write_json(output / "comparison.json", data)
+    comparison_page(data).write(output / "comparison.html")
+    return data
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What makes two runs the same for a comparison."""
+    fields = "fingerprint", "settings", "texts"
+    return {name: run.manifest[name] for name in fields} | {"path": str(run.path.resolve())}
+
+
+def _require_other_text(run: Run, protocol: Protocol) -> None:
+    if protocol.sha256 in (run.manifest["texts"]["text"], run.manifest["texts"]["eval_text"]):
+        remedy = "Give a text that the run has not seen"
+        raise InputError("text", protocol.text, "is what the run calibrated or chose policies on", remedy)
+
+
+def _ask(output: Path, question: dict[str, Any]) -> None:
+    """Make ``output`` the folder of ``question``, or check that it is."""
+    file = output / _QUESTION
+    if file.exists():
+        if json.loads(file.read_text(encoding="utf-8")) != question:
+            raise InputError("output", output, "is a comparison of another run, text or seed", "Name a new folder")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError("output", output, "exists, is not empty and is no comparison", "Name a new folder")
+    (output / "cells").mkdir(parents=True, exist_ok=True)
+    write_json(file, question)
+
+
+def _summary(
+    run: Run, protocol: Protocol, seed: int, ratios: Sequence[float], cells: list[dict[str, Any]]
+) -> dict[str, Any]:
+    searched = Protocol.of_run(run, run.sequences())
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    return {
+        "run": str(run.path),
+        "model": run.manifest["model"],
+        "ranking": run.settings.ranking,
+        "run_evaluations": run.settings.evaluations,
+        "protocol": protocol.to_dict(),
+        "search_protocol": searched.to_dict(),
+        "device": name,
+        "seed": seed,
+        "versions": versions(),
+        "ratios": list(ratios),
+        "cells": cells,
+        "reductions": _reductions(cells),
+    }
+
+
+def _reductions(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each of PPF's rows, by what share its perplexity is below each peer's: the least and the most over all."""
+    found = {}
+    for label in dict.fromkeys(cell["label"] for cell in cells if cell["ours"]):
+        ours = {cell["requested_ratio"]: cell["perplexity"] for cell in cells if cell["label"] == label}
+        against = [
+            {
+                "peer": cell["label"],
+                "ratio": cell["requested_ratio"],
+                "reduction": 1 - ours[cell["requested_ratio"]] / cell["perplexity"],
+            }
+            for cell in cells
+            if not cell["ours"] and cell["requested_ratio"] in ours
+        ]
+        if against:
+            ordered = sorted(against, key=lambda entry: entry["reduction"])
+            found[label] = {"least": ordered[0], "most": ordered[-1], "all": against}
+    return found
+
+
+__all__ = ["ALL", "Method", "compare", "parse_methods"]

@@ -1,0 +1,65 @@
+"""Which methods a comparison runs: names, and the true evaluations each is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import InputError
+from ..peers import PEERS
+from .asis import AS_IS
+
+# PPF itself, with the evaluations it is given at each ratio.
+_OURS = {"dynamic": 0, "static": 150}
+_GIVEN = {name: peer.evaluations for name, peer in PEERS.items()} | dict.fromkeys(AS_IS, 0) | _OURS
+# Methods that use as many evaluations as they are given; others take what they need, at most what they are given.
+_BY_BUDGET = ("random", "evopress", "evolution", "static")
+
+ALL = ("wanda-sp as is", "flap as is", *PEERS, "evolution:5000", "dynamic", "static", "static:1500")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison: a method and the true evaluations it may spend at each ratio."""
+
+    name: str
+    evaluations: int
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name in _OURS
+
+    @property
+    def label(self) -> str:
+        """The name people read; with the evaluations where they make the method."""
+        shown = {"dynamic": "PPF dynamic", "static": "PPF static"}.get(self.name, self.name)
+        return f"{shown} {self.evaluations:,}" if self.name in _BY_BUDGET else shown
+
+    @property
+    def key(self) -> str:
+        """The name of its files."""
+        return f"{self.name.replace(' ', '-')}-{self.evaluations}"
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods of a list such as ``all`` or ``uniform,evolution:5000,static``; ``:N`` gives N evaluations.
+
+    Raises ``InputError`` for unknown names and for numbers that are none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    expanded = [part for name in names for part in (ALL if name == "all" else (name,))]
+    methods = list(dict.fromkeys(_parse(name) for name in expanded))
+    if not methods:
+        raise InputError("methods", repr(text), "names no method", f"Use all, or some of {', '.join(_GIVEN)}")
+    return methods
+
+
+def _parse(text: str) -> Method:
+    name, colon, number = text.partition(":")
+    if name not in _GIVEN:
+        raise InputError("methods", name, "is not a method", f"Use all, or some of {', '.join(_GIVEN)}")
+    if not colon:
+        return Method(name, _GIVEN[name])
+    if not number.isdecimal() or not _GIVEN[name] or not int(number):
+        problem = "is no number of evaluations" if _GIVEN[name] else "needs no evaluations"
+        raise InputError("methods", text, problem, f"Write {name}" + (":1500, say" if _GIVEN[name] else " alone"))
+    return Method(name, int(number))

@@ -1,0 +1,91 @@
+"""Puzzle (arXiv 2411.19146): replace one block at a time, add the scores up, and let an integer program choose."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import block_diag, csr_array, vstack
+from torch import Tensor
+
+from ...choose.budget import Budget
+from ...errors import InputError, PPFError
+from ...model.policy import Policy
+from ...model.structure import Structure
+from .statistics import PeerStatistics
+
+
+def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
+    """The policy of the least sum of damages that costs what the budget says.
+
+    A level's damage is the true rise of log-perplexity with only this sub-layer pruned to it; interactions are ignored.
+    With fewer evaluations than S·(K − 1) + 1, evenly spaced levels are measured and the rest interpolated.
+    """
+    damage = _damages(statistics, budget)
+    return budget.grid.decode(torch.tensor([_solve(damage, budget)]))[0]
+
+
+def _damages(statistics: PeerStatistics, budget: Budget) -> list[Tensor]:
+    """For every sub-layer the damage of each level from its minimum to its maximum, fp64."""
+    grid = budget.grid
+    each = int(statistics.meter.remaining - 1) // grid.sublayers
+    if each < 1:
+        needed = grid.sublayers + 1
+        raise InputError("evaluations", statistics.meter.limit, "is too little for Puzzle", f"Use at least {needed}")
+    measured = [_spaced(low, high, each) for low, high in zip(grid.minimum, grid.maximum, strict=True)]
+    policies = [grid.dense()]
+    for sublayer, levels in enumerate(measured):
+        policies += [_only(budget, sublayer, level) for level in levels]
+    dense, *values = statistics.meter.measure(policies)
+    return [_interpolated(budget, s, levels, values, dense, measured) for s, levels in enumerate(measured)]
+
+
+def _spaced(low: int, high: int, count: int) -> list[int]:
+    """At most ``count`` levels of low…high − 1, evenly spaced, the lowest among them."""
+    count = min(count, high - low)
+    return sorted({low + index * (high - low) // count for index in range(count)})
+
+
+def _only(budget: Budget, sublayer: int, level: int) -> Policy:
+    levels = list(budget.grid.maximum)
+    levels[sublayer] = level
+    return budget.grid.decode(torch.tensor([levels]))[0]
+
+
+def _interpolated(
+    budget: Budget, sublayer: int, levels: list[int], values: list[float], dense: float, measured: list[list[int]]
+) -> Tensor:
+    start = sum(len(other) for other in measured[:sublayer])
+    known = [value - dense for value in values[start : start + len(levels)]] + [0.0]
+    low, high = budget.grid.minimum[sublayer], budget.grid.maximum[sublayer]
+    return torch.from_numpy(np.interp(np.arange(low, high + 1), [*levels, high], known))
+
+
+def _solve(damage: list[Tensor], budget: Budget) -> list[int]:
+    """Levels [S] of the least total damage whose cost is within half a step of the budget (HiGHS)."""
+    grid = budget.grid
+    score = np.concatenate([d.numpy() for d in damage])
+    cost = np.concatenate(
+        [
+            step * np.arange(low, high + 1)
+            for step, low, high in zip(grid.step_cost, grid.minimum, grid.maximum, strict=True)
+        ]
+    ).astype(float)
+    total = sum(high * step for high, step in zip(grid.maximum, grid.step_cost, strict=True))
+    one_each = block_diag([np.ones((1, len(d))) for d in damage], format="csr")
+    for slack in (min(grid.step_cost) / 2, max(grid.step_cost) / 2):
+        low, high = (budget.kept + sign * slack / total for sign in (-1, 1))
+        rows = vstack((one_each, csr_array(cost[None] / total)))
+        bounds = np.append(np.ones(len(damage)), low), np.append(np.ones(len(damage)), high)
+        answer = milp(
+            score, integrality=np.ones_like(score), bounds=Bounds(0, 1), constraints=LinearConstraint(rows, *bounds),
+            options={"time_limit": 60.0, "mip_rel_gap": 1e-4},
+        )  # fmt: skip
+        if answer.x is not None:
+            return _chosen(answer.x, damage, grid.minimum)
+    raise PPFError(f"no policy meets the budget: {answer.message}")
+
+
+def _chosen(x: np.ndarray, damage: list[Tensor], minimum: tuple[int, ...]) -> list[int]:
+    parts = np.split(x, np.cumsum([len(d) for d in damage])[:-1])
+    return [low + int(part.argmax()) for low, part in zip(minimum, parts, strict=True)]

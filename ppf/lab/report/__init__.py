@@ -1,0 +1,116 @@
+"""The report card of a run's predictor: how good it is where it is hard, within a ratio, on policies it never saw."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._version import versions
+from ...choose.predictor import Predictor, predictor_named
+from ...errors import InputError
+from ...files import write_json
+from ...fitting.experience import Experience
+from ...fitting.run import Protocol, Run
+from ...progress import Progress, silent
+from . import baselines
+from .heldout import STORE, HeldOut, held_out_policies, measure_all, training_rows
+from .latency import latency
+from .learning import Study, learning_curve, rivals
+
+RATIOS = (0.2, 0.3, 0.4, 0.5)
+# Rank correlations of fewer policies say little, and the ten best of them less.
+SMALLEST = 20
+
+
+def report(
+    run: Run,
+    output: str | Path | None = None,
+    held_out: int = 200,
+    kinds: tuple[str, ...] = (),
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure ``held_out`` random and half as many visited policies at each ratio, score the run's predictor on them.
+
+    Other ``kinds`` of predictor are trained for comparison, beside the baselines. Writes ``report.json`` and
+    ``report.html`` into ``output`` (default: the run's folder) and returns what the first holds. Measurements are kept
+    in the run: a killed report resumes, a second one measures nothing. Raises ``InputError`` for an unfinished run,
+    fewer than 20 policies, more than the model has, and unknown kinds.
+    """
+    run.require_complete()
+    if held_out < SMALLEST:
+        raise InputError("held-out", held_out, "is too few for a rank correlation", f"Use at least {SMALLEST}")
+    for kind in kinds:
+        predictor_named(kind)
+    ratios = [ratio for ratio in RATIOS if ratio <= run.grid.maximum_ratio]
+    data = _measure_and_score(run, ratios, held_out, kinds, progress)
+    folder = Path(output) if output is not None else run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    from .page import report_page  # matplotlib takes a second to import
+
+    write_json(folder / "report.json", data)
+    report_page(data).write(folder / "report.html")
+    return data
+
+
+def _measure_and_score(
+    run: Run, ratios: list[float], count: int, kinds: tuple[str, ...], progress: Progress
+) -> dict[str, Any]:
+    policies = held_out_policies(run, ratios, count)
+    evaluator, store = run.evaluator(), Experience(run.path / STORE)
+    held = {group: measure_all(evaluator, store, parts, group, progress) for group, parts in policies.items()}
+    alone = measure_all(evaluator, store, [baselines.single_policies(run.grid)], "single", progress).truth.tolist()
+    # The store remembers what the first measurement took; reading it again must not count as an evaluation's time.
+    seconds = statistics.median(row.seconds for row in store.rows() if row.source == "random")
+    table, dense = baselines.sensitivity(run.grid, alone), alone[-1]
+    study = Study(run.grid, *_training_data(run), held, ratios, run.device, run.settings.seed)
+    own = run.settings.predictor
+    compared = rivals(study, [kind for kind in kinds if kind != own], table, dense, run.predictor, progress)
+    curve = learning_curve(study, own, progress)
+    predictor = run.predictor.to(run.device)
+    return _facts(run, len(study.levels), ratios) | {
+        "scores": study.score(predictor),
+        "rivals": compared,
+        "curve": curve,
+        "latency": latency(predictor, seconds),
+        "dense_log_perplexity": dense,
+        "sensitivity": [[None if math.isnan(value) else value for value in row] for row in table.tolist()],
+        "points": {group: _points(predictor, part) for group, part in held.items()},
+    }
+
+
+def _facts(run: Run, rows: int, ratios: list[float]) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    return {
+        "run": str(run.path),
+        "model": run.manifest["model"],
+        "kind": run.settings.predictor,
+        "evaluations": rows,
+        "ratios": ratios,
+        "layers": run.structure.layers,
+        "protocol": Protocol.of_run(run, run.sequences()).to_dict(),
+        "xgboost": baselines.has_xgboost(),
+        "device": device,
+        "versions": versions(),
+    }
+
+
+def _training_data(run: Run) -> tuple[Tensor, Tensor]:
+    rows = training_rows(run)
+    values = torch.tensor([row.log_perplexity for row in rows], dtype=torch.float64)
+    return run.grid.encode([row.policy for row in rows]), values
+
+
+def _points(predictor: Predictor, held: HeldOut) -> dict[str, list[float]]:
+    """Every held-out policy's index of ratio, truth, prediction and standard uncertainty."""
+    found = predictor(held.levels)
+    return {
+        "ratio": held.ratio.tolist(),
+        "truth": held.truth.tolist(),
+        "mean": found.mean.tolist(),
+        "std": found.std.tolist(),
+    }

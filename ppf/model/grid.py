@@ -1,0 +1,132 @@
+"""The grid of levels: which widths a policy may ask for, and how policies become tensors of levels.
+
+Sub-layers are numbered attention 0…L-1, then FFN 0…L-1 (S = 2L). A level is a width on a sub-layer's grid: attention
+in steps of one kv-group, FFN in steps of ``ffn_multiple`` channels, so width = level · step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .policy import Policy
+from .structure import Structure
+
+# Portable policies are those that every reader accepts: attention whole in every layer, FFN widths in multiples of 256
+# or none. Whole attention, because DeciLM has one number of query heads for the model and vLLM's general back end gives
+# every layer a cache. 256, because DeciLM's readers round up to it and GGUF's K-quants need it.
+PORTABLE_MULTIPLE = 256
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The widths allowed on ``structure``. Layer 0 keeps at least one kv-group (see docs: what a policy may be);
+    ``portable`` policies keep all attention, as every reader accepts it."""
+
+    structure: Structure
+    ffn_multiple: int = 64
+    portable: bool = False
+
+    def __post_init__(self) -> None:
+        channels = self.structure.channels
+        if self.ffn_multiple < 1 or channels % self.ffn_multiple:
+            fits = [m for m in range(256, 0, -1) if channels % m == 0][:6]
+            raise InputError(
+                "ffn-multiple",
+                self.ffn_multiple,
+                f"does not divide the model's {channels} FFN channels",
+                f"Use one of {fits}",
+            )
+
+    @property
+    def sublayers(self) -> int:
+        """S = 2L."""
+        return 2 * self.structure.layers
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """Units per level of every sub-layer, length S."""
+        layers = self.structure.layers
+        return (1,) * layers + (self.ffn_multiple,) * layers
+
+    @cached_property
+    def maximum(self) -> tuple[int, ...]:
+        """Highest level (= dense width) of every sub-layer, length S."""
+        s = self.structure
+        return (s.kv_groups,) * s.layers + (s.channels // self.ffn_multiple,) * s.layers
+
+    @cached_property
+    def minimum(self) -> tuple[int, ...]:
+        """Lowest level of every sub-layer, length S: 1 for layer 0's attention, all of portable attention, else 0."""
+        layers = self.structure.layers
+        attention = self.maximum[:layers] if self.portable else (1,) + (0,) * (layers - 1)
+        return attention + (0,) * layers
+
+    @cached_property
+    def step_cost(self) -> tuple[int, ...]:
+        """Parameters per level of every sub-layer, length S."""
+        s = self.structure
+        return (s.kv_group_cost,) * s.layers + (s.channel_cost * self.ffn_multiple,) * s.layers
+
+    @property
+    def levels(self) -> int:
+        """Number of levels of the finest sub-layer grid, level 0 included: the width of one-hot encodings."""
+        return max(self.maximum) + 1
+
+    @property
+    def maximum_ratio(self) -> float:
+        """The largest share of decoder parameters that can be removed."""
+        kept = sum(low * cost for low, cost in zip(self.minimum, self.step_cost, strict=True))
+        return 1 - kept / self.structure.decoder_parameters
+
+    def kept(self, levels: Tensor) -> Tensor:
+        """Kept decoder parameters, int64 [...], of policies given as int64 levels [..., S]."""
+        cost = torch.tensor(self.step_cost, dtype=torch.int64, device=levels.device)
+        return (levels.to(torch.int64) * cost).sum(-1)
+
+    def ratio(self, policy: Policy) -> float:
+        """Share of decoder parameters that ``policy`` removes."""
+        return 1 - int(self.kept(self.encode([policy]))[0]) / self.structure.decoder_parameters
+
+    def encode(self, policies: Sequence[Policy]) -> Tensor:
+        """Levels, int64 [P, S]. Raises ``InputError`` for wrong lengths or widths off the grid."""
+        for policy in policies:
+            self.check(policy)
+        widths = torch.tensor([p.attention + p.ffn for p in policies], dtype=torch.int64).reshape(-1, self.sublayers)
+        return widths // torch.tensor(self.steps)
+
+    def decode(self, levels: Tensor) -> list[Policy]:
+        """Policies of int levels [P, S]; inverse of :meth:`encode`."""
+        layers = self.structure.layers
+        widths = (levels.cpu().to(torch.int64) * torch.tensor(self.steps)).tolist()
+        return [Policy(w[:layers], w[layers:]) for w in widths]
+
+    def dense(self) -> Policy:
+        """The policy that keeps everything."""
+        return self.decode(torch.tensor([self.maximum]))[0]
+
+    def check(self, policy: Policy) -> None:
+        """Raise ``InputError`` unless ``policy`` lies on this grid."""
+        layers = self.structure.layers
+        for name, widths in (("attention", policy.attention), ("ffn", policy.ffn)):
+            if len(widths) != layers:
+                raise InputError(
+                    f"policy.{name}", list(widths), f"has {len(widths)} widths", f"Give one per layer: {layers}"
+                )
+        for index, width in enumerate(policy.attention + policy.ffn):
+            step, low, high = self.steps[index], self.minimum[index], self.maximum[index]
+            if width % step or not low * step <= width <= high * step:
+                name = f"policy.{'attention' if index < layers else 'ffn'}[{index % layers}]"
+                remedy = f"Use a multiple of {step} from {low * step} to {high * step}"
+                raise InputError(name, width, "is off the grid", remedy)
+
+
+def portable_multiple(structure: Structure) -> int:
+    """The step of portable FFN widths: 256, or else the largest smaller number that divides the channels, which all
+    readers but DeciLM's accept."""
+    return next(m for m in range(PORTABLE_MULTIPLE, 0, -1) if structure.channels % m == 0)
