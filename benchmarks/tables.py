@@ -10,7 +10,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 MODELS = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
-Row = dict[str, Any]
 
 
 def load(name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "gather.h"
-#include "tiles.h"
 
 namespace py = pybind11;
 
@@ -72,26 +71,6 @@ void gather_cuda(const std::vector<Fields>& all, int device, uintptr_t stream, i
 }
 #endif
 
-#ifdef PPF_WITH_TILES
-// x, weight, pair, y, rows, x_pitch, weight_pitch, pair_pitch, tokens, width, depth, half
-void tile_product(const std::array<int64_t, 12>& f, int device, uintptr_t stream, int wide) {
-  ppf::TileJob job{};
-  job.x = address(f[0]);
-  job.weight = address(f[1]);
-  job.pair = address(f[2]);
-  job.y = address(f[3]);
-  job.rows = static_cast<const int32_t*>(address(f[4]));
-  job.x_pitch = f[5];
-  job.weight_pitch = f[6];
-  job.pair_pitch = f[7];
-  job.tokens = static_cast<int>(f[8]);
-  job.width = static_cast<int>(f[9]);
-  job.depth = static_cast<int>(f[10]);
-  job.half = f[11] != 0;
-  ppf::tile_product(job, device, reinterpret_cast<void*>(stream), wide);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -101,9 +80,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_cpu", &gather_cpu, "One gather in host memory; checks the index list first.");
 #ifdef PPF_WITH_CUDA
   m.def("gather_cuda", &gather_cuda, "Any number of gathers in device memory, on a stream, without synchronisation.");
-#ifdef PPF_WITH_TILES
-  m.def("tile_product", &tile_product, "Many tokens times listed weight rows, on Hopper's matrix units.");
-#endif
   m.def("cuda_problem", &ppf::cuda_problem, "Why the CUDA kernels cannot run on a device, or None.");
 #endif
 }

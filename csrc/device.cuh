@@ -18,8 +18,6 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
-
 // Makes `device` current for the calling thread's launches and restores the previous one.
 class DeviceScope {
  public:

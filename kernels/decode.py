@@ -97,21 +97,30 @@ def contract(
 
 @triton.jit
 def linear_kernel(
-    x, gain, w0, w1, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y, epsilon,
+    x, gain, w0, w1, bias0, bias1, y, width, tokens, depth, stride_x, stride_w0, stride_w1, stride_y, epsilon,
     NORM: tl.constexpr, PAIR: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, LINES: tl.constexpr,
     T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [BN·program, BN·program + BN) of y [tokens, width]; ADD adds to what y holds, PAIR is silu(gate)·up."""
+    """Outputs [BN·program, BN·program + BN) of y [tokens, width]; ADD adds to what y holds, PAIR is silu(gate)·up.
+
+    Biases [width] may be None. They are loaded before the products, which hide the time that takes.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(n, width - 1)[:, None].to(tl.int64)
     row0 = w0 + rows * stride_w0
     row1 = w1 + rows * stride_w1
+    added0 = _bias(bias0, n, width)
+    added1 = _bias(bias1, n, width)
     begin(row0, row1, PAIR, PDL, LINES)
     acc0, acc1 = contract(
         x, gain, row0, row1, tokens, depth, stride_x, epsilon, NORM, PAIR, EVEN, PRECISION, T, BN, BK, STAGES
     )
+    if bias0 is not None:
+        acc0 += added0[:, None]
     if PAIR:
+        if bias1 is not None:
+            acc1 += added1[:, None]
         acc0 = silu_mul(acc0, acc1)
     token = tl.arange(0, T)
     inside = (n < width)[:, None] & (token < tokens)[None, :]
@@ -119,6 +128,15 @@ def linear_kernel(
     if ADD:
         acc0 += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, acc0.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bias(bias, n, width):
+    """Entries ``n`` of a bias in fp32; 0.0 for None, which nobody reads."""
+    value = 0.0
+    if bias is not None:
+        value = tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -164,20 +182,21 @@ def linear_config(tokens: int, width: int, depth: int, pair: bool) -> Config:
 
 def linear(
     x: Tensor, weights: tuple[Tensor, ...], y: Tensor, gain: Tensor | None = None, epsilon: float = 0.0,
-    add: bool = False, pdl: bool = False, config: Config | None = None,
+    add: bool = False, biases: tuple[Tensor | None, ...] = (None,), pdl: bool = False, config: Config | None = None,
 ) -> None:  # fmt: skip
-    """y [t, width] = (or, ``add``, +=) x [t, K] · weightᵀ; of two weights (gate, up): silu(gate)·up.
+    """y [t, width] = (or, ``add``, +=) x [t, K] · weightᵀ + bias; of two weights (gate, up): silu(gate)·up.
 
-    ``gain`` [K], for one token only: x is normalised to x·gain/rms(x) first. 1 <= t <= 64; last strides are 1.
+    ``gain`` [K], for one token only: x is normalised to x·gain/rms(x) first. ``biases`` [width] are the weights', or
+    None. 1 <= t <= 64; last strides are 1.
     """
     tokens, depth = x.shape
     width = weights[0].shape[0]
     c = dict(config or linear_config(tokens, width, depth, len(weights) == 2))
     w0, w1 = weights[0], weights[-1]
     linear_kernel[triton.cdiv(width, c["BN"]),](
-        x, x if gain is None else gain, w0, w1, y, width, tokens, depth, x.stride(0), w0.stride(0), w1.stride(0),
-        y.stride(0), epsilon, NORM=gain is not None, PAIR=len(weights) == 2, ADD=add, EVEN=depth % c["BK"] == 0,
-        PRECISION=precision(x.dtype), PDL=pdl, **launch(c, pdl, depth, x),
+        x, x if gain is None else gain, w0, w1, biases[0], biases[-1], y, width, tokens, depth, x.stride(0),
+        w0.stride(0), w1.stride(0), y.stride(0), epsilon, NORM=gain is not None, PAIR=len(weights) == 2, ADD=add,
+        EVEN=depth % c["BK"] == 0, PRECISION=precision(x.dtype), PDL=pdl, **launch(c, pdl, depth, x),
     )  # fmt: skip
 
 

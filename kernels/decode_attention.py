@@ -2,6 +2,9 @@
 
 A program takes one kv-group of one sequence and one share of the positions; the last program of a group to finish adds
 the shares up, in their order, so that no second launch is needed and the same input gives the same bits.
+
+Where heads are normalised (RMSNorm over a head) before they are rotated, both happen here: every program has its
+queries whole, and the program of the first share takes the new key, which it writes back, apart from the older ones.
 """
 
 from __future__ import annotations
@@ -15,18 +18,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .decode import Config
 from .tile import multiprocessors, precision
 
+Heads = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _share(
-    query, keys, values, stride_cs, low, high, channel, real, scale,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
+    query, keys, values, stride_cs, low, high, channel, real, scale, acc, top, total,
+    PRECISION: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised attention of ``query`` [ROWS, DP] over positions [low, high): fp32 [ROWS, DP], maxima, sums."""
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DP], tl.float32)
+    """Unnormalised attention of ``query`` [ROWS, DP] over positions [low, high), added to that of others: fp32
+    [ROWS, DP], maxima, sums."""
     for first in tl.range(low, high, BS, num_stages=STAGES):
         at = first + tl.arange(0, BS)
         inside = at < high
@@ -48,13 +50,32 @@ def _share(
 
 
 @triton.jit
+def _head(rows, gain, cos, sin, channel, inside, epsilon, D: tl.constexpr):
+    """Heads at ``rows`` [R, 1] (pointers), normalised unless ``gain`` is None, then rotated: fp32 [R, DP]."""
+    HALF: tl.constexpr = D // 2
+    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+    x = tl.load(rows + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(rows + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    real = channel < D
+    if gain is not None:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
+        x *= scale * tl.load(gain + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+        other *= scale * tl.load(gain + partner, mask=real, other=0.0).to(tl.float32)[None, :]
+    c = tl.load(cos + channel % HALF, mask=real, other=0.0)
+    s = tl.load(sin + channel % HALF, mask=real, other=0.0)
+    return x * c[None, :] + other * tl.where(channel < HALF, -s, s)[None, :]
+
+
+@triton.jit
 def attention_kernel(
-    q, k_cache, v_cache, start, position, y, partial, statistics, arrived,
-    stride_q, stride_y, stride_cb, stride_ch, stride_cs, scale,
+    q, k_cache, v_cache, start, position, y, partial, statistics, arrived, q_norm, k_norm, cos, sin,
+    stride_q, stride_y, stride_cb, stride_ch, stride_cs, scale, epsilon,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, BS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, heads·D] of q [tokens, heads·D]; positions [start[token], position] of the caches are seen."""
+    """y [tokens, heads·D] of q [tokens, heads·D]; positions [start[token], position] of the caches are seen, of them
+    the last WINDOW if that is not 0. HEADS: q and the key at ``position`` are still to be normalised and rotated."""
     split, group, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         gdc_launch_dependents()
@@ -63,16 +84,38 @@ def attention_kernel(
     real = channel < D
     inside = (row < GROUP)[:, None] & real[None, :]
     at = (group * GROUP + row)[:, None] * D + channel[None, :]
-    query = tl.load(q + token * stride_q + at, mask=inside, other=0.0)
     last = tl.load(position) + 1
     begin = tl.minimum(tl.load(start + token), last - 1)
+    offset = token.to(tl.int64) * stride_cb + group.to(tl.int64) * stride_ch
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    if HEADS:
+        last -= 1
+        angle = (last - begin) * (D // 2)
+        rows = q + token * stride_q + (group * GROUP + row)[:, None] * D
+        query = _head(rows, q_norm, cos + angle, sin + angle, channel, inside, epsilon, D).to(q.dtype.element_ty)
+        own = tl.where(split == 0, real, False)[None, :]
+        newest = offset + last * stride_cs
+        key = _head(k_cache + newest, k_norm, cos + angle, sin + angle, channel, own, epsilon, D)
+        key = key.to(k_cache.dtype.element_ty)
+        score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * LOG2E)
+        top = tl.where(split == 0, score, top)
+        total += tl.where(split == 0, 1.0, 0.0)
+        acc += tl.load(v_cache + newest + channel[None, :], mask=own, other=0.0).to(tl.float32)
+    else:
+        query = tl.load(q + token * stride_q + at, mask=inside, other=0.0)
+    if WINDOW > 0:
+        begin = tl.maximum(begin, tl.load(position) + 1 - WINDOW)
     chunk = tl.cdiv(tl.cdiv(last - begin, SPLITS), BS) * BS
     low = begin + split * chunk
-    offset = token.to(tl.int64) * stride_cb + group.to(tl.int64) * stride_ch
     acc, top, total = _share(
         query, k_cache + offset, v_cache + offset, stride_cs, low, tl.minimum(low + chunk, last), channel, real,
-        scale * LOG2E, PRECISION, ROWS, DP, BS, STAGES,
+        scale * LOG2E, acc, top, total, PRECISION, BS, STAGES,
     )  # fmt: skip
+    if HEADS:
+        tl.debug_barrier()  # others may still be reading what this overwrites
+        tl.store(k_cache + newest + channel[None, :], key, mask=own)
     if SPLITS > 1:
         place = token * tl.num_programs(1) + group
         share = (place * SPLITS + split) * ROWS + row
@@ -138,15 +181,17 @@ def attention_config(shares: int, row_bytes: int) -> Config:
 
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, position: Tensor, y: Tensor, space: list[Tensor],
-    scale: float, shares: int, pdl: bool = False, config: Config | None = None,
+    scale: float, shares: int, window: int = 0, heads: Heads | None = None, epsilon: float = 0.0, pdl: bool = False,
+    config: Config | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`ppf.fast.ops.decode.attention`. ``space`` as :func:`workspace` makes it, for the same ``shares``."""
+    """See :func:`ppf.fast.ops.decode.attention`. ``space`` as :func:`workspace` makes it, for the same ``shares``.
+    ``heads``: q_norm, k_norm, cos and sin, if queries and the newest key are as the products left them."""
     tokens, groups, _, head_dim = k_cache.shape
     group = q.shape[1] // (groups * head_dim)
     c = dict(config or attention_config(shares, head_dim * q.element_size()))
     attention_kernel[shares, groups, tokens](
-        q, k_cache, v_cache, start, position, y, *space, q.stride(0), y.stride(0), *k_cache.stride()[:3], scale,
-        GROUP=group, D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)),
-        ROWS=max(16, triton.next_power_of_2(group)), SPLITS=shares, PRECISION=precision(q.dtype), PDL=pdl,
-        **c, **({"launch_pdl": True} if pdl else {}),
+        q, k_cache, v_cache, start, position, y, *space, *(heads or (None,) * 4), q.stride(0), y.stride(0),
+        *k_cache.stride()[:3], scale, epsilon, GROUP=group, D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)),
+        ROWS=max(16, triton.next_power_of_2(group)), SPLITS=shares, WINDOW=window, HEADS=heads is not None,
+        PRECISION=precision(q.dtype), PDL=pdl, **c, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Rotary embedding of a prompt's queries and keys, and the write of keys and values into the cache, in one launch."""
+"""Head norm and rotary embedding of a prompt's queries and keys, and the write of keys and values into the cache: one
+launch."""
 
 from __future__ import annotations
 
@@ -8,49 +9,73 @@ from torch import Tensor
 
 
 @triton.jit
-def _rotate(source, target0, target1, c, s, mask, HALF: tl.constexpr):
-    """Rotate the pairs (source, source + HALF) into target0 and target1."""
+def _rotate(source, target0, target1, gain, epsilon, i, c, s, mask, HALF: tl.constexpr):
+    """Rotate the pairs (source, source + HALF) into target0 and target1; with ``gain``, rows are heads, normalised."""
     a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    if gain is not None:
+        scale = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + epsilon)[:, None]
+        a *= scale * tl.load(gain + i).to(tl.float32)
+        b *= scale * tl.load(gain + HALF + i).to(tl.float32)
     tl.store(target0, (a * c - b * s).to(target0.dtype.element_ty), mask=mask)
     tl.store(target1, (b * c + a * s).to(target1.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def _places(pairs, HALF: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Head and place in it of the pairs of a token, and which exist: [BLOCK] one after the other, or, for LANES > 0, a
+    row a head [BLOCK, LANES]."""
+    if LANES > 0:
+        lane = tl.arange(0, LANES)[None, :]
+        head = tl.arange(0, BLOCK)[:, None]
+        i = tl.minimum(lane, HALF - 1)
+        inside = (head * HALF < pairs) & (lane < HALF)
+    else:
+        pair = tl.arange(0, BLOCK)
+        head = pair // HALF
+        i = pair % HALF
+        inside = pair < pairs
+    return head, i, inside
+
+
+@triton.jit
 def rotary_kernel(
-    q, k, v, cos, sin, start, k_cache, v_cache, q_pairs, kv_pairs, length, stride_q, stride_k, stride_cb, stride_ch,
-    stride_cs, HALF: tl.constexpr, BQ: tl.constexpr, BKV: tl.constexpr,
+    q, k, v, q_norm, k_norm, cos, sin, start, k_cache, v_cache, q_pairs, kv_pairs, length, stride_q, stride_k,
+    stride_cb, stride_ch, stride_cs, epsilon,
+    HALF: tl.constexpr, BQ: tl.constexpr, BKV: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One token: q rotated in place, k rotated and v as it is to position ``program_id(0)`` of the caches."""
+    """One token: q rotated in place, k rotated and v as it is to position ``program_id(0)`` of the caches. Head norms
+    may be None; with one, heads are rows of LANES > 0."""
     position, sequence = tl.program_id(0), tl.program_id(1)
     token = (sequence * length + position).to(tl.int64)
     angle = tl.maximum(position - tl.load(start + sequence), 0) * HALF
-    pair = tl.arange(0, BQ)
-    source = q + token * stride_q + pair // HALF * (2 * HALF) + pair % HALF
-    c = tl.load(cos + angle + pair % HALF)
-    s = tl.load(sin + angle + pair % HALF)
-    _rotate(source, source, source + HALF, c, s, pair < q_pairs, HALF)
-    pair = tl.arange(0, BKV)
-    inside = pair < kv_pairs
-    c = tl.load(cos + angle + pair % HALF)
-    s = tl.load(sin + angle + pair % HALF)
-    at = token * stride_k + pair // HALF * (2 * HALF) + pair % HALF
-    head = (pair // HALF).to(tl.int64)
-    to = sequence.to(tl.int64) * stride_cb + head * stride_ch + position * stride_cs + pair % HALF
-    _rotate(k + at, k_cache + to, k_cache + to + HALF, c, s, inside, HALF)
+    head, i, inside = _places(q_pairs, HALF, BQ, LANES)
+    source = q + token * stride_q + head * (2 * HALF) + i
+    c = tl.load(cos + angle + i)
+    s = tl.load(sin + angle + i)
+    _rotate(source, source, source + HALF, q_norm, epsilon, i, c, s, inside, HALF)
+    head, i, inside = _places(kv_pairs, HALF, BKV, LANES)
+    c = tl.load(cos + angle + i)
+    s = tl.load(sin + angle + i)
+    at = token * stride_k + head * (2 * HALF) + i
+    to = sequence.to(tl.int64) * stride_cb + head.to(tl.int64) * stride_ch + position * stride_cs + i
+    _rotate(k + at, k_cache + to, k_cache + to + HALF, k_norm, epsilon, i, c, s, inside, HALF)
     tl.store(v_cache + to, tl.load(v + at, mask=inside), mask=inside)
     tl.store(v_cache + to + HALF, tl.load(v + at + HALF, mask=inside), mask=inside)
 
 
 def rotary(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    start: Tensor, k_cache: Tensor, v_cache: Tensor, epsilon: float,
+) -> None:  # fmt: skip
     """See :func:`ppf.fast.ops.decode.rotary`; q, k, v with unit last stride, k and v with one pitch."""
     batch = k_cache.shape[0]
     length = q.shape[0] // batch
-    q_pairs, kv_pairs = q.shape[1] // 2, k.shape[1] // 2
+    half, pairs = cos.shape[1], (q.shape[1] // 2, k.shape[1] // 2)
+    rows = q_norm is not None or k_norm is not None
+    blocks = [triton.next_power_of_2(n // half if rows else n) for n in pairs]
     rotary_kernel[length, batch](
-        q, k, v, cos, sin, start, k_cache, v_cache, q_pairs, kv_pairs, length, q.stride(0), k.stride(0),
-        *k_cache.stride()[:3], HALF=cos.shape[1], BQ=triton.next_power_of_2(q_pairs),
-        BKV=triton.next_power_of_2(kv_pairs), num_warps=4 if q_pairs <= 1024 else 8,
+        q, k, v, q_norm, k_norm, cos, sin, start, k_cache, v_cache, *pairs, length, q.stride(0), k.stride(0),
+        *k_cache.stride()[:3], epsilon, HALF=half, BQ=blocks[0], BKV=blocks[1],
+        LANES=triton.next_power_of_2(half) if rows else 0, num_warps=4 if pairs[0] <= 1024 else 8,
     )  # fmt: skip

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile import silu_mul as silu_mul_values
+
 
 @triton.jit
 def rotate_kernel(x, cos, sin, y, heads, length, stride_b, stride_t, D: tl.constexpr, HALF: tl.constexpr):
@@ -30,11 +32,14 @@ def rotate_kernel(x, cos, sin, y, heads, length, stride_b, stride_t, D: tl.const
 
 
 @triton.jit
-def silu_mul_kernel(gate, up, y, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < count).to(tl.float32)
-    u = tl.load(up + at, mask=at < count).to(tl.float32)
-    tl.store(y + at, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=at < count)
+def silu_mul_kernel(gate, up, y, width, tiles, stride_gate, stride_up, BLOCK: tl.constexpr):
+    """One of the ``tiles`` blocks of a row; y is contiguous."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    at = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(gate + row * stride_gate + at, mask=inside).to(tl.float32)
+    u = tl.load(up + row * stride_up + at, mask=inside).to(tl.float32)
+    tl.store(y + row * width + at, silu_mul_values(g, u).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,9 +74,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up of contiguous tensors of one shape."""
-    y = torch.empty_like(gate)
-    silu_mul_kernel[triton.cdiv(y.numel(), 4096),](gate, up, y, y.numel(), BLOCK=4096, num_warps=8)
+    """silu(gate) · up of one shape and at least one element: contiguous, or matrices with unit last stride."""
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if gate.is_contiguous() and up.is_contiguous():  # one long row
+        rows, width, strides, block, warps = 1, y.numel(), (0, 0), 4096, 8
+    else:
+        rows, width, strides = *y.shape, (gate.stride(0), up.stride(0))
+        block, warps = min(1024, triton.next_power_of_2(width)), 4
+    tiles = triton.cdiv(width, block)
+    silu_mul_kernel[rows * tiles,](gate, up, y, width, tiles, *strides, BLOCK=block, num_warps=warps)
     return y
 
 

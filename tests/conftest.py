@@ -11,9 +11,6 @@ import torch
 from factories import one_thread as single_threaded
 from factories import quick_learning, write_checkpoint, write_text
 
-import ppf
-from ppf.fitting.run import Settings
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("PPF_REFERENCE", REPOSITORY.parent / "shared")).resolve()
 
@@ -59,10 +56,12 @@ def one_thread() -> Iterator[None]:
 def tiny_run(tmp_path_factory) -> Path:
     """A finished run of a tiny grouped-query model: ``model``, ``text.txt`` and ``run`` in one folder. Do not change
     it; copy it (``shutil.copytree``) to damage or extend it."""
+    import ppf
+
     folder = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder / "model")
     write_text(folder / "text.txt")
-    settings = Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)
+    settings = ppf.Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)
     with single_threaded(), pytest.MonkeyPatch.context() as patch:
         quick_learning(patch)
         ppf.fit(folder / "model", folder / "text.txt", folder / "run", settings=settings, device="cpu")

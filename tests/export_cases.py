@@ -1,4 +1,4 @@
-"""Pruned checkpoints to export: real models, calibrated and refitted, with absent sub-layers of every kind."""
+"""Checkpoints to export: tiny random models of any family and the bundled one, cut to policies with absent sub-layers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
-from factories import TINY, llama, llama_config, one_thread
+from factories import TINY, config_of, llama, one_thread
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ppf.checkpoint import load_dense, load_tokenizer, save
-from ppf.choose.candidates.sampling import random_levels
-from ppf.fitting.calibration import calibrate
-from ppf.fitting.library import Library, refit_layer
-from ppf.fitting.materialise import materialize
-from ppf.fitting.ranking import rank_layer
-from ppf.model import pruned_config
-from ppf.model.grid import Grid
+from ppf.checkpoint import load_decoder, load_tokenizer, save
+from ppf.families import KINDS, families
+from ppf.model.build import LAYERS, build, pruned_config
 from ppf.model.policy import Policy
-from ppf.model.weights import DecoderWeights, permute_layer
-from ppf.text import pack, read_tokens
 
 SAMPLE = TINY.parent / "sample.txt"
 # Layers without attention, without FFN, with neither; the last one of the second is absent too.
@@ -33,6 +26,7 @@ POLICIES = {
     0.5: Policy([2, 0, 1, 1, 1, 1, 1, 0], [384, 0, 256, 256, 320, 384, 0, 0]),
 }
 UNIFORM = Policy([1] * 8, [256] * 8)
+FAMILIES = [family.model_type for family in families()]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -41,38 +35,53 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-def prune_to(output: Path, policy: Policy, model: Path = TINY, text: Path = SAMPLE, sequences: int = 12) -> Path:
-    """``model`` pruned to ``policy``, ranked and refitted on the start of ``text``, as a checkpoint."""
-    with one_thread(), torch.no_grad():
-        dense, tokenizer = load_dense(model), load_tokenizer(model)
-        weights, ids = DecoderWeights.from_model(dense), pack(read_tokens(text, tokenizer)[:16_384], 256)[:sequences]
-        grid, ranking, refits = Grid(weights.structure, 64), [], []
-        for layer, statistics in zip(weights.layers, calibrate(weights.to(torch.float32), ids), strict=True):
-            ranking.append(rank_layer("wanda-sp", layer, statistics, weights.structure))
-            refits.append(
-                refit_layer(permute_layer(layer, ranking[-1], weights.structure), statistics, ranking[-1], grid)
-            )
-        library = Library([a for a, _ in refits] + [f for _, f in refits])
-        pruned = materialize(dense.config, weights, ranking, grid, policy, library)
-        save(pruned, tokenizer, output, {"policy": {"attention": policy.attention, "ffn": policy.ffn}})
+def uneven(family: str) -> Policy:
+    """Layers of a tiny model of ``family``: whole, FFN only, attention only, neither (and last)."""
+    groups = 3 if _is_whole(family) else 1
+    return Policy([3, 0, groups, 0], [40, 64, 0, 0])
+
+
+def even(family: str, groups: int = 2) -> Policy:
+    """The same widths in all layers; ``groups`` kv-groups of three where they can go one by one."""
+    return Policy([3 if _is_whole(family) else groups] * 4, [40] * 4)
+
+
+def _is_whole(family: str) -> bool:
+    return next(f for f in families() if f.model_type == family).attention.whole
+
+
+def prune_to(output: Path, policy: Policy, model: Path = TINY) -> Path:
+    """The first units of ``model``, as many as ``policy`` says, as a checkpoint."""
+    decoder, state = load_decoder(model), {}
+    for index, layer in enumerate(decoder.layers):
+        names = decoder.names(index)
+        for kind in KINDS:
+            kept = names.prefix(layer, kind, policy[kind][index])
+            state |= {f"{LAYERS}{index}.{name}": tensor.contiguous() for name, tensor in kept.items()}
+    pruned = build(pruned_config(decoder.config, policy), state | dict(decoder.outer), decoder.dtype)
+    save(pruned, load_tokenizer(model), output, {"policy": policy.to_dict()})
     return output
 
 
 def policy_with_zeros(model: Path, ratio: float) -> Policy:
-    """A random policy of ``ratio`` that removes an attention and an FFN altogether."""
-    grid, generator = Grid(DecoderWeights.from_model(load_dense(model)).structure, 64), torch.Generator().manual_seed(0)
-    drawn = grid.decode(random_levels(grid, torch.full((512,), ratio), generator))
-    return next(policy for policy in drawn if 0 in policy.attention and 0 in policy.ffn)
+    """A policy of about ``ratio`` that removes an attention and an FFN altogether."""
+    structure = load_decoder(model).structure
+    kept = round(structure.ffn[0].units * (1 - ratio) / 64) * 64
+    groups, channels = [structure.attention[0].units] * structure.layers, [kept] * structure.layers
+    groups[1] = channels[2] = groups[-1] = channels[-1] = 0
+    return Policy(groups, channels)
 
 
-def write_random(output: Path, policy: Policy | None = None, tokenizer=None, **changes) -> Path:
-    """A random Llama of :func:`factories.llama_config`, pruned to ``policy`` if given; quick, and of odd widths.
+def write_random(output: Path, policy: Policy | None = None, tokenizer=None, family: str = "llama", **changes) -> Path:
+    """A random model of :func:`factories.config_of`, pruned to ``policy`` if given; quick, and of odd widths.
 
     Its vocabulary of 300 is larger than the tokenizer's 290.
     """
-    config = llama_config(**({"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1} | changes))
+    fields = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 299} | changes
+    config = config_of(family, **fields)
     model = llama(pruned_config(config, policy) if policy else config)
     save(model, tokenizer or bpe_tokenizer(), output, {})
     return output

@@ -1,4 +1,4 @@
-"""Tiny random Llamas, a byte-level tokenizer and texts: what the tests of the pipeline run on."""
+"""Tiny random models of any family, a byte-level tokenizer and texts: what the tests of the pipeline run on."""
 
 from __future__ import annotations
 
@@ -12,23 +12,40 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ppf.choose.candidates.breeding import Effort
-from ppf.fitting import calibration, collection, stages
-from ppf.fitting.experience import Evaluation
-from ppf.model import build
+from ppf.families import family_of
+from ppf.model.build import build, expected_tensors
+from ppf.model.classes import stock_classes
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
-from ppf.model.layout import expected_tensors
+from ppf.model.layer import LayerRanking
 from ppf.model.policy import Policy
 from ppf.model.structure import Structure
-from ppf.model.weights import DecoderWeights, LayerRanking
 
 TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
 VOCABULARY = 258  # 256 bytes, begin and end
 
 # kv heads of the model with six query heads: multi-head and grouped-query.
 KV_HEADS = {"mha": 6, "gqa": 3}
+
+# What makes a tiny model of a family show what the family is about, in texts of a few dozen tokens.
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+_SPECIAL = {
+    "mistral": {"sliding_window": 16},
+    "ministral3": {"sliding_window": 16, "rope_parameters": _YARN},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 12},
+    "gemma3_text": {
+        "sliding_window": 16, "query_pre_attn_scalar": 12, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "granite": {
+        "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 4.0, "embedding_multiplier": 3.0,
+    },
+}  # fmt: skip
 
 
 @contextmanager
@@ -40,7 +57,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def llama_config(heads: str = "gqa", **changes) -> LlamaConfig:
+def config_of(family: str, heads: str = "gqa", **changes) -> PreTrainedConfig:
+    """The configuration of a tiny model of a family, by its model type."""
     fields = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,
@@ -53,20 +71,29 @@ def llama_config(heads: str = "gqa", **changes) -> LlamaConfig:
         "eos_token_id": 257,
         "tie_word_embeddings": False,
     }
-    return LlamaConfig(**(fields | changes))
+    fields |= _SPECIAL.get(family, {}) | changes
+    if family != "llama":  # others have sizes of published models where nothing is said
+        fields = {"head_dim": fields["hidden_size"] // fields["num_attention_heads"], "pad_token_id": 257} | fields
+    return stock_classes(family_of(family))["Config"](**fields)
 
 
-def llama(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A model whose logits are far apart: weights of size 0.2 instead of 0.02, and norms that are not all one.
+def llama_config(heads: str = "gqa", **changes) -> PreTrainedConfig:
+    return config_of("llama", heads, **changes)
+
+
+def llama(config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of ``config``, whatever its family, whose logits are far apart: weights of size 0.2 instead of 0.02, and
+    norms that are not all one.
 
     Channels have different sizes and share a common part, so that rankings and refits have something to find.
     """
     generator = torch.Generator().manual_seed(seed)
+    one = 0 if "one-plus norm" in family_of(config.model_type).traits else 1
     state = {}
     for name, shape in expected_tensors(config).items():
         weight = torch.randn(shape, generator=generator) * 0.2
         if "norm" in name:
-            weight = 1 + weight
+            weight = one + weight
         elif name.endswith(("up_proj.weight", "v_proj.weight")):
             common = torch.randn((4, shape[1]), generator=generator) * 0.2
             weight = (weight + torch.randn((shape[0], 4), generator=generator) @ common) * torch.rand(
@@ -74,6 +101,11 @@ def llama(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32
             )
         state[name] = weight
     return build(config, state, dtype)
+
+
+def model_of(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    """A tiny random model of a family, by its model type; ``changes`` as for :func:`config_of`."""
+    return llama(config_of(family, **changes), seed, dtype)
 
 
 def tokens(batch: int = 3, length: int = 24, seed: int = 1) -> Tensor:
@@ -84,16 +116,16 @@ def random_ranking(structure: Structure, seed: int = 0) -> list[LayerRanking]:
     generator = torch.Generator().manual_seed(seed)
     return [
         LayerRanking(
-            torch.randperm(structure.kv_groups, generator=generator),
-            torch.randperm(structure.channels, generator=generator),
+            torch.randperm(attention.units, generator=generator),
+            torch.randperm(ffn.units, generator=generator),
         )
-        for _ in range(structure.layers)
+        for attention, ffn in zip(structure.attention, structure.ffn, strict=True)
     ]
 
 
-def dense_weights(heads: str = "gqa", **changes) -> tuple[LlamaForCausalLM, DecoderWeights]:
-    model = llama(llama_config(heads, **changes))
-    return model, DecoderWeights.from_model(model)
+def dense_weights(heads: str = "gqa", family: str = "llama", **changes) -> tuple[PreTrainedModel, Decoder]:
+    model = model_of(family, heads=heads, **changes)
+    return model, Decoder.of_model(model)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -106,9 +138,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def write_checkpoint(path: Path, heads: str = "gqa", seed: int = 0, dtype=torch.float32, **changes) -> Path:
+def write_checkpoint(
+    path: Path, heads: str = "gqa", seed: int = 0, dtype=torch.float32, family: str = "llama", **changes
+) -> Path:
     """A dense checkpoint with its tokenizer in the folder ``path``."""
-    llama(llama_config(heads, **changes), seed, dtype).save_pretrained(path)
+    model_of(family, seed, dtype, heads=heads, **changes).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 
@@ -122,6 +156,9 @@ def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
 
 def quick_learning(patch: pytest.MonkeyPatch) -> None:
     """Train predictors and agents of the fit loop for a few steps only: tests of the loop need no good ones."""
+    from ppf.choose.candidates.breeding import Effort
+    from ppf.fitting import collection, stages
+
     learn, quick = collection.learn, {"effort": 0.05, "experts": 0}
     for module in (collection, stages):
         patch.setattr(module, "learn", lambda *arguments, **named: learn(*arguments, **(named | quick)))
@@ -131,14 +168,16 @@ def quick_learning(patch: pytest.MonkeyPatch) -> None:
 def synthetic_log_perplexity(grid: Grid, levels: Tensor) -> Tensor:
     """A made-up log-perplexity fp32 [P] of levels [P, S]: damage of every sub-layer, products of neighbours, and growth
     with the total. Sub-layers differ up to sevenfold in what they lose."""
-    lost = 1 - levels / torch.tensor(grid.maximum)
+    lost = 1 - levels / torch.tensor(grid.top)
     weight = 0.3 + 2 * torch.rand(grid.sublayers, generator=torch.Generator().manual_seed(7))
     damage = (weight * lost.square()).sum(-1) / grid.sublayers
     pairs = (lost[:, :-1] * lost[:, 1:]).mean(-1)
     return 3.5 + damage + 1.5 * pairs + damage * pairs
 
 
-def synthetic_rows(grid: Grid, levels: Tensor) -> list[Evaluation]:
+def synthetic_rows(grid: Grid, levels: Tensor) -> list:
+    from ppf.fitting.experience import Evaluation
+
     values = synthetic_log_perplexity(grid, levels).tolist()
     policies: Sequence[Policy] = grid.decode(levels)
     return [Evaluation(p, v, grid.ratio(p), 0, "random", 0.0) for p, v in zip(policies, values, strict=True)]
@@ -146,6 +185,8 @@ def synthetic_rows(grid: Grid, levels: Tensor) -> list[Evaluation]:
 
 def track_grams(monkeypatch):
     """A function that counts the Grams alive; its ``peak`` is the most there were when one was made."""
+    from ppf.fitting import calibration
+
     references = []
 
     def living() -> int:

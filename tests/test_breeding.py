@@ -3,15 +3,15 @@
 import pytest
 import torch
 from factories import synthetic_log_perplexity
+from structures import irregular_structure, llama_structure
 
 from ppf.choose.candidates.breeding import Effort, breed, cautious, move
 from ppf.choose.candidates.sampling import random_levels
 from ppf.choose.predictor import Prediction
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 8)
+GRID = Grid(llama_structure(4, 48, 3, 2, 8, 64), 8)
 RATIOS = torch.tensor([0.2, 0.35, 0.5])
 EFFORT = Effort(generations=8, offspring=24, keep=6)
 
@@ -90,3 +90,14 @@ def test_moving_changes_the_budget_and_little_else():
     assert ((GRID.kept(moved) - target).abs() <= min(GRID.step_cost) / 2).all()
     assert (moved - levels).abs().max() <= 2
     assert move(levels[:0], GRID, torch.zeros(0)).shape == (0, GRID.sublayers)
+
+
+def test_layers_that_differ_are_bred_as_well():
+    grid = Grid(irregular_structure(), 8)
+    drawn = random_levels(grid, RATIOS.repeat_interleave(5), generator(9)).view(3, 5, grid.sublayers)
+    pool = breed(drawn, RATIOS, lambda levels: synthetic_log_perplexity(grid, levels), grid, generator(), EFFORT)
+    target = (1 - RATIOS.double()) * grid.structure.decoder_parameters
+    assert ((grid.kept(pool) - target[:, None]).abs() <= min(c for c in grid.step_cost if c) / 2).all()
+    assert (pool <= torch.tensor(grid.maximum)).all()
+    moved = move(pool[0], grid, torch.full((len(pool[0]),), 0.3))
+    assert ((grid.kept(moved) - 0.7 * grid.structure.decoder_parameters).abs() <= max(grid.step_cost) / 2).all()

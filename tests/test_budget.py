@@ -2,27 +2,43 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from cli_cases import answer as told
 from cli_cases import refusal
+from factories import dense_weights
+from structures import irregular_structure, llama_structure
 
 import ppf
-from ppf.choose.budget import limit_budget, ratio_budget
+from ppf.choose.budget import (
+    BUDGETS,
+    PROFILE,
+    FlopsBudget,
+    LatencyBudget,
+    MemoryBudget,
+    Profile,
+    RatioBudget,
+    weight_costs,
+)
 from ppf.choose.budget.costs import Costs, parameters, token_flops, weight_bytes
+from ppf.choose.budget.profile import require_equal_layers, save_profile
 from ppf.choose.budget.projection import Projector
 from ppf.cli.prune import budget_line
-from ppf.deliver.profiling import Profile, Workload
-from ppf.deliver.request import PROFILE, Request, answer, save_profile, verified, weight_costs
+from ppf.deliver.request import Request, answer
 from ppf.errors import InputError
+from ppf.fast.permute import identity
+from ppf.fast.timing import Workload
+from ppf.fitting.materialize import materialize
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
+from ppf.model.build import policy_of
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 8)
+GRID = Grid(llama_structure(4, 48, 3, 2, 8, 64), 8)
 
 
 def uneven_profile(grid: Grid, constant: float = 2.0) -> Profile:
@@ -33,15 +49,24 @@ def uneven_profile(grid: Grid, constant: float = 2.0) -> Profile:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run, tmp_path_factory):
-    """A run of one's own, with a profile."""
+def session(tiny_run, tmp_path_factory):
+    """A run of one's own, with a profile and its weights."""
     folder = tmp_path_factory.mktemp("budget")
     shutil.copytree(tiny_run / "run", folder / "run")
     run = Run(folder / "run")
     prefill = uneven_profile(run.grid)
     decode = Profile(Workload("decode", 4, 64), 0.5, prefill.attention, prefill.ffn)
     save_profile(run.path / PROFILE, {"device": "somewhere"}, [prefill, decode])
-    return run
+    return Session(run)
+
+
+@pytest.fixture
+def run(session):
+    return session.run
+
+
+def dense_bytes(session: Session) -> int:
+    return sum(tensor.nbytes for tensor in session.decoder.state().values())
 
 
 def all_policies(grid: Grid, count: int) -> torch.Tensor:
@@ -55,16 +80,22 @@ def test_costs_are_those_of_the_formulas():
     assert torch.equal(parameters(GRID).of(levels).long(), GRID.kept(levels))
     assert torch.equal(weight_bytes(GRID, 2, 100).of(levels).long(), 2 * GRID.kept(levels) + 200)
     groups = levels[:, : s.layers].sum(1)
-    flops = 2 * GRID.kept(levels) + 4 * 10 * s.group_rows * groups + 2 * s.hidden * 7
+    flops = 2 * GRID.kept(levels) + 4 * 10 * s.attention[0].columns * groups + 2 * s.hidden * 7
     assert torch.equal(token_flops(GRID, 10, 7).of(levels).long(), flops)
 
 
-def test_weight_bytes_are_those_of_the_checkpoint(run):
+def test_costs_of_layers_that_differ_are_those_of_each_layer():
+    grid = Grid(irregular_structure(), 8)
+    levels = all_policies(grid, 20)
+    assert torch.equal(weight_bytes(grid, 2, 100).of(levels).long(), 2 * grid.kept(levels) + 200)
+    assert weight_bytes(grid, 2, 0).range(grid)[1] == 2 * grid.structure.decoder_parameters
+
+
+def test_weight_bytes_are_those_of_the_checkpoint(session, run):
     costs = weight_costs(run)
-    dense = sum(p.nbytes for p in run.dense.parameters())
-    assert costs.range(run.grid)[1] == dense
+    assert costs.range(run.grid)[1] == dense_bytes(session)
     policy = run.policy(0.4).policy
-    model = run.materialize(policy)
+    model = session.materialize(policy)
     # Norms of absent sub-layers go too, which no budget counts on.
     absent = policy.attention.count(0) + policy.ffn.count(0)
     expected = sum(p.nbytes for p in model.parameters()) + absent * run.structure.hidden * 4
@@ -77,7 +108,7 @@ def test_limits_are_kept_within_one_step(costs):
     step = float(costs.table.diff(dim=1)[GRID.structure.layers :].min())
     for share in torch.linspace(0.02, 0.98, 25).tolist():
         limit = least + share * (most - least)
-        budget = limit_budget(GRID, "memory-gb", limit, costs, limit)
+        budget = MemoryBudget(GRID, limit / 1e9, costs)
         levels = budget.levels(torch.randn(8, GRID.sublayers, GRID.levels, generator=torch.Generator().manual_seed(1)))
         found = costs.of(levels)
         assert (found <= limit).all() and (found >= limit - step * (1 + 1e-9)).all()
@@ -88,7 +119,7 @@ def test_measured_tables_are_met_closely():
     least, most = costs.range(GRID)
     for share in torch.linspace(0.1, 0.95, 18).tolist():
         limit = least + share * (most - least)
-        budget = limit_budget(GRID, "latency-ms", limit, costs, limit)
+        budget = LatencyBudget(GRID, limit, uneven_profile(GRID))
         levels = budget.levels(torch.randn(8, GRID.sublayers, GRID.levels, generator=torch.Generator().manual_seed(2)))
         assert (levels >= torch.tensor(GRID.minimum)).all() and (levels <= torch.tensor(GRID.maximum)).all()
         found = costs.of(levels)
@@ -115,62 +146,75 @@ def test_profiles_become_monotone_tables():
 
 
 def test_ratio_budgets_are_the_agents_own(run):
-    assert answer(run, ratio_budget(run.grid, 0.37)).policy == run.policy(0.37).policy
+    found, expected = answer(run, RatioBudget(run.grid, 0.37)), run.policy(0.37)
+    assert replace(found, milliseconds=0) == replace(expected, milliseconds=0)
 
 
-@pytest.mark.parametrize("kind", ["memory-gb", "flops", "latency-ms", "tokens-per-second"])
-def test_answers_in_every_unit(run, kind):
+def test_every_budget_can_be_asked_for():
+    assert {kind.name for kind in BUDGETS} == {"ratio", "memory-gb", "flops", "latency-ms", "tokens-per-second"}
+    for kind in BUDGETS:
+        assert Request(**{kind.name.replace("-", "_"): 0.5}).given == {kind.name: 0.5}
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in BUDGETS])
+def test_answers_in_every_unit(session, run, kind):
     name = kind.replace("-", "_")
     whole = {
-        "memory-gb": lambda: sum(p.nbytes for p in run.dense.parameters()) / 1e9,
-        "flops": lambda: token_flops(run.grid, 2048, run.dense.config.vocab_size).range(run.grid)[1],
+        "ratio": lambda: 0.5,
+        "memory-gb": lambda: dense_bytes(session) / 1e9,
+        "flops": lambda: token_flops(run.grid, 2048, session.decoder.config.vocab_size).range(run.grid)[1],
         "latency-ms": lambda: uneven_profile(run.grid).costs(run.grid).range(run.grid)[1],
         "tokens-per-second": lambda: 4e3 / uneven_profile(run.grid, 0.5).costs(run.grid).range(run.grid)[1],
     }[kind]()
     asked = whole * (1.4 if kind == "tokens-per-second" else 0.7)
     budget = Request(**{name: asked}).budget(run)
     found = answer(run, budget)
-    report = verified(run, budget, found.policy, run.materialize(found.policy))
+    report = budget.report(found.policy, session.materialize(found.policy))
     assert report["predicted"] == pytest.approx(asked, rel=0.03) and report["requested"] == asked
+    assert report["kind"] == kind and report["delivered"] > 0
     if kind == "tokens-per-second":
         assert report["predicted"] >= asked * (1 - 1e-9)
-    elif kind == "memory-gb":
-        assert report["measured"] <= report["predicted"] <= asked and report["within_tolerance"]
+    elif kind == "ratio":
+        assert report["delivered"] == pytest.approx(found.delivered_ratio, abs=1e-12) and report["within_tolerance"]
+    elif kind == "memory-gb":  # the norms of absent sub-layers go too
+        assert report["delivered"] <= report["predicted"] <= asked and report["within_tolerance"]
     elif kind == "flops":
-        assert report["predicted"] <= asked and report["measured"] is None
+        assert report["delivered"] == report["predicted"] <= asked and report["context"] == 2048
     data = told("policy", run.path, f"--{kind}", asked)
-    assert data["policy"] == {"attention": list(found.policy.attention), "ffn": list(found.policy.ffn)}
-    assert data["budget"]["kind"] == kind and data["requested_ratio"] is None
+    assert data["policy"] == found.policy.to_dict() and data["budget"]["predicted"] == report["predicted"]
+    assert data["budget"]["kind"] == kind and data["requested_ratio"] == (asked if kind == "ratio" else None)
 
 
 @pytest.mark.parametrize("slower, fine", [(1.0, True), (1.04, True), (1.2, False), (0.8, False)])
-def test_a_result_that_is_off_is_said_aloud(run, monkeypatch, slower, fine):
+def test_a_result_that_is_off_is_said_aloud(session, run, monkeypatch, slower, fine):
     budget = Request(latency_ms=0.7 * uneven_profile(run.grid).costs(run.grid).range(run.grid)[1]).budget(run)
     policy = answer(run, budget).policy
-    monkeypatch.setattr("ppf.deliver.request.milliseconds", lambda *_: slower * budget.delivered(policy))
-    report = verified(run, budget, policy, run.materialize(policy))
+    monkeypatch.setattr("ppf.choose.budget.timed.milliseconds", lambda *_: slower * budget.cost(policy))
+    report = budget.report(policy, session.materialize(policy))
     assert report["within_tolerance"] is fine and report["off"] == pytest.approx(slower - 1)
     assert ("profile again" in budget_line(report)) is not fine
 
 
-def test_memory_can_be_searched(tiny_run, tmp_path):
+def test_memory_can_be_searched(tiny_run, session, tmp_path):
     shutil.copytree(tiny_run / "run", tmp_path / "run")
     run = Run(tmp_path / "run")
-    asked = 0.7 * sum(p.nbytes for p in run.dense.parameters()) / 1e9
+    asked = 0.7 * dense_bytes(session) / 1e9
     given = "prune", run.path, "--memory-gb", asked, "--search", 4, "--device", "cpu", "--output", tmp_path / "out"
     report = told(*given)
-    assert report["source"] == "search" and report["budget"]["measured"] <= asked
+    assert report["policy_from"] == "search" and report["budget"]["delivered"] <= asked
     assert report["requested_ratio"] is None
     assert ppf.load(tmp_path / "out").num_parameters() == report["parameters"]["pruned"]
 
 
-def test_what_cannot_be_had_is_refused_with_the_range(run, tmp_path):
+def test_what_cannot_be_had_is_refused_with_the_range(session, run, tmp_path):
     for kind in ("memory-gb", "flops", "latency-ms"):
         for value in (1e-12, 1e15, -1):
             message = refusal("policy", run.path, f"--{kind}", value, field=kind)
-            assert "from" in message and "below" in message
+            assert "(the smallest policy)" in message and "(the dense model)" in message
     for value in (1e-9, 1e9, 0):
         assert "dense model" in refusal("policy", run.path, "--tokens-per-second", value, field="tokens-per-second")
+    most = dense_bytes(session) / 1e9
+    assert f"{most:.6g} (the dense model)" in refusal("policy", run.path, "--memory-gb", 9, field="memory-gb")
     refusal("policy", run.path, field="ratio")
     message = refusal("policy", run.path, "--ratio", 0.3, "--flops", 1e6, field="budget")
     assert "exactly one" in message
@@ -181,7 +225,7 @@ def test_what_cannot_be_had_is_refused_with_the_range(run, tmp_path):
 def test_latency_needs_a_readable_profile(tiny_run, run, tmp_path):
     assert "ppf profile" in refusal("policy", tiny_run / "run", "--latency-ms", 3, field="latency-ms")
     shutil.copytree(run.path, tmp_path / "run")
-    other = Grid(Structure(4, 48, 3, 2, 8, 64), 16)
+    other = Grid(llama_structure(4, 48, 3, 2, 8, 64), 16)
     for text in ("{", json.dumps({"profiles": {"prefill": uneven_profile(other).to_dict()}})):
         (tmp_path / "run" / PROFILE).write_text(text)
         refusal("policy", tmp_path / "run", "--latency-ms", 3, field="latency-ms")
@@ -190,4 +234,40 @@ def test_latency_needs_a_readable_profile(tiny_run, run, tmp_path):
 def test_a_table_without_freedom_is_no_budget():
     flat = Costs(parameters(GRID).table, 0.0, "parameters")
     with pytest.raises(InputError):
-        limit_budget(GRID, "memory-gb", 0, flat, 0)
+        MemoryBudget(GRID, 0, flat)
+
+
+def coarse_grid() -> Grid:
+    """Attention that goes as a whole, in steps that are dearer than all FFNs together."""
+    fine = llama_structure(3, 48, 6, 2, 8, 8)
+    return Grid(replace(fine, attention=tuple(replace(a, step=a.units) for a in fine.attention)), 8)
+
+
+@pytest.mark.parametrize("grid", [coarse_grid(), Grid(irregular_structure(), 8)], ids=["coarse", "irregular"])
+def test_a_limit_is_never_passed_whatever_the_steps(grid):
+    costs = weight_bytes(grid, 2, 0)
+    least, most = costs.range(grid)
+    utility = torch.randn(64, grid.sublayers, grid.levels, generator=torch.Generator().manual_seed(3))
+    for share in torch.linspace(0.01, 0.99, 25).tolist():
+        limit = least + share * (most - least)
+        levels = MemoryBudget(grid, limit / 1e9, costs).levels(utility)
+        assert (costs.of(levels) <= limit).all()
+        assert (levels >= torch.tensor(grid.minimum)).all() and (levels <= torch.tensor(grid.maximum)).all()
+
+
+def test_layers_that_differ_have_no_latency():
+    require_equal_layers(GRID.structure, "latency-ms", "RUN")
+    with pytest.raises(InputError, match="layers of this model differ; latency budgets need equal layers"):
+        require_equal_layers(irregular_structure(), "latency-ms", "RUN")
+
+
+def test_budgets_of_any_family_count_what_is_there():
+    """The flops of a result are those of its own structure, and its bytes those of its own tensors."""
+    _, decoder = dense_weights(family="qwen2")
+    grid = Grid(decoder.structure, 8)
+    model = materialize(decoder, identity(decoder), grid, grid.decode(all_policies(grid, 1))[0])
+    policy = policy_of(model.config)
+    ratio = RatioBudget(grid, 0.5)
+    assert ratio.delivered(model) == pytest.approx(grid.ratio(policy), abs=1e-12)
+    flops = FlopsBudget(grid, 0.5 * token_flops(grid, 64, 258).range(grid)[1], 64, 258)
+    assert flops.delivered(model) == flops.cost(policy)

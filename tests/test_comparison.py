@@ -7,15 +7,26 @@ import shutil
 import pytest
 import torch
 from cli_cases import answer, ppf, refusal
-from factories import write_text
+from factories import config_of, llama, quick_learning, tokens, write_checkpoint, write_text
 
+from ppf.choose.budget import RatioBudget
 from ppf.errors import InputError
-from ppf.fitting.run import Run
+from ppf.families import families, family_of
+from ppf.fast.permute import permuted
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.ranking import rank_layer
+from ppf.fitting.reader import Reader
+from ppf.fitting.run import Run, Settings
+from ppf.fitting.session import Session
+from ppf.fitting.stages import fit
 from ppf.lab.comparison import ALL, parse_methods
-from ppf.lab.comparison.asis import _biases, _log_perplexity, _rank
+from ppf.lab.comparison.asis import _biases, _log_perplexity, _ranking
+from ppf.lab.comparison.methods import Method, suited
 from ppf.lab.peers import PEERS
+from ppf.model.decoder import Decoder
+from ppf.model.grid import Grid
 from ppf.model.policy import Policy
-from ppf.text import pack, read_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,13 +54,11 @@ def cells(data: dict) -> dict:
 
 def test_figures_are_the_evaluators(compared, folder):
     run = Run(folder / "run")
-    from ppf.checkpoint import load_tokenizer
-
-    report = pack(read_tokens(folder / "report.txt", load_tokenizer(run.model_path)), 32)
+    report = Reader.of(run.model_path, 32).sequences(folder / "report.txt")
     assert compared["protocol"]["tokens"] == report.numel() and compared["protocol"]["sequence_length"] == 32
-    evaluator = run.evaluator(sequences=report)
+    evaluator = Session(run).evaluator(sequences=report)
     for (name, ratio), cell in cells(compared).items():
-        policy = Policy(**cell["policy"])
+        policy = Policy.from_dict(cell["policy"])
         assert abs(cell["delivered_ratio"] - ratio) <= min(run.grid.step_cost) / run.structure.decoder_parameters / 2
         assert cell["perplexity"] == pytest.approx(math.exp(cell["log_perplexity"]))
         if name.endswith("as is"):
@@ -149,18 +158,46 @@ def test_all_means_every_peer_and_ppf():
 def test_flaps_biases_are_the_mean_of_what_was_removed(folder):
     """With the mean of every removed channel given back, a model whose channels are constant loses nothing."""
     run = Run(folder / "run")
-    ranking = [_rank(run, "flap-wifv", index) for index in range(run.structure.layers)]
-    weights = run.weights.permuted(ranking)
+    session, moments = Session(run), [run.moments(index) for index in range(run.structure.layers)]
+    ranking = _ranking(session, "flap-wifv", moments)
+    decoder = permuted(session.decoder, ranking)
     policy = Policy([3, 2, 3, 3], [64, 64, 32, 64])
-    biases = _biases(run, weights, ranking, policy)
-    kept = run.weights.layers[2].down[:, ranking[2].ffn[32:]] @ run.moments(2)[1].mean[ranking[2].ffn[32:]]
-    torch.testing.assert_close(biases[run.structure.layers + 2], kept, rtol=1e-4, atol=1e-6)
+    biases = _biases(decoder, ranking, moments, policy)
+    gone = ranking[2].ffn[32:]
+    expected = session.decoder.ffn(2, 64).down[:, gone] @ moments[2].ffn.mean[gone]
+    torch.testing.assert_close(biases[run.structure.layers + 2], expected, rtol=1e-4, atol=1e-6)
     assert not biases[0].any() and biases[1].any()
     report = run.sequences()
-    with_bias, without = (_log_perplexity(run, weights, policy, report, b) for b in (biases, {}))
+    with_bias, without = (_log_perplexity(decoder, run.grid, policy, report, b) for b in (biases, {}))
     assert with_bias != without
-    dense = _log_perplexity(run, weights, run.grid.dense(), report, {})
-    assert dense == pytest.approx(run.evaluator().log_perplexity(run.grid.dense()), abs=1e-5)
+    dense = _log_perplexity(decoder, run.grid, run.grid.dense(), report, {})
+    assert dense == pytest.approx(session.evaluator().log_perplexity(run.grid.dense()), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "smollm3"])
+def test_constant_channels_are_made_up_for_by_their_biases(family):
+    """Channels that never change are what FLAP's biases stand for: with these alone removed, nothing is lost."""
+    config = config_of(family)
+    state = llama(config).state_dict()
+    dense = Decoder.of_state(config, state)
+    grid, sequences = Grid(dense.structure, 8), tokens(4, 24)
+    # A gate that reads nothing, and an up that is nothing but its value: no row of these moves with the text.
+    names = dense.names(1)
+    frozen = dict(dense.layers[1])
+    for unit in names.unit_tensors(frozen, "ffn"):
+        if unit.dim == 0:
+            rows = unit.index(torch.arange(16), names.units("ffn"))
+            frozen[unit.name] = frozen[unit.name].clone().index_fill(0, rows, 0.0)
+    layers = list(dense.layers)
+    layers[1] = frozen
+    decoder = replace(dense, layers=tuple(layers))
+    statistics = list(calibrate(decoder, sequences))
+    ranking = [rank_layer("flap-wifv", decoder, index, s) for index, s in enumerate(statistics)]
+    assert set(ranking[1].ffn[-16:].tolist()) == set(range(16))
+    ranked, policy = permuted(decoder, ranking), Policy([3] * 4, [64, 48, 64, 64])
+    biases = _biases(ranked, ranking, statistics, policy)
+    dense_value = Evaluator(decoder, grid, sequences).log_perplexity(grid.dense())
+    assert _log_perplexity(ranked, grid, policy, sequences, biases) == pytest.approx(dense_value, abs=1e-5)
 
 
 def test_people_get_a_table(folder):

@@ -5,17 +5,17 @@ from collections import Counter
 import pytest
 import torch
 from factories import synthetic_log_perplexity, synthetic_rows
+from structures import irregular_structure, llama_structure
 
 from ppf.choose.candidates.sampling import random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError, PPFError
 from ppf.fitting.collection import learn
 from ppf.fitting.search.exploration import check_evaluations, frontier, initial_proposals, next_proposals
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 8)
-SMALL = Grid(Structure(1, 48, 2, 1, 8, 64), 16)  # 2 · 5 policies
+GRID = Grid(llama_structure(4, 48, 3, 2, 8, 64), 8)
+SMALL = Grid(llama_structure(1, 48, 2, 1, 8, 64), 16)  # 2 · 5 policies
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,21 @@ def test_small_models_are_refused_instead_of_searched_for_ever():
 
 
 def test_next_proposals_of_an_exhausted_model_are_refused():
-    grid = Grid(Structure(2, 48, 2, 1, 8, 32), 16)
+    grid = Grid(llama_structure(2, 48, 2, 1, 8, 32), 16)
     every = [p for p, _ in initial_proposals(grid, 20, seed=0)]
     measured = synthetic_rows(grid, grid.encode(every))
     fitted = learn(grid, measured, 0, torch.device("cpu"), effort=0.05)
     with pytest.raises(PPFError, match="too few"):
         next_proposals(fitted.agent, fitted.predictor, measured, 40, seed=0)
+
+
+def test_proposals_for_a_model_whose_layers_differ():
+    grid = Grid(irregular_structure(), 8)
+    check_evaluations(24, grid)
+    first = [policy for policy, _ in initial_proposals(grid, 60, seed=0)]
+    rows = synthetic_rows(grid, grid.encode(first))
+    fitted = learn(grid, rows, 0, torch.device("cpu"), effort=0.05)
+    following = [policy for policy, _ in next_proposals(fitted.agent, fitted.predictor, rows, 20, seed=1)]
+    assert len(set(first + following)) == 80
+    for policy in following:
+        grid.check(policy)

@@ -7,10 +7,12 @@ import shutil
 import pytest
 from cli_cases import answer, ppf, refusal
 
-from ppf.deliver.profiling import Profile, Workload
-from ppf.deliver.request import PROFILE, save_profile
+from ppf.choose.budget import PROFILE, Profile
+from ppf.choose.budget.profile import save_profile
+from ppf.fast.timing import Workload
 from ppf.fitting.experience import Evaluation
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
 from ppf.lab.pareto import frontier
 from ppf.model.policy import Policy
 
@@ -33,15 +35,15 @@ def test_figures_are_the_runs(tiny_run, tmp_path):
     assert json.loads((tmp_path / "out" / "pareto.json").read_text()) == data and list(data["axes"]) == ["weights"]
     assert (tmp_path / "out" / "pareto.html").read_text().count("<svg") >= 1
     for point in data["predicted"][::9]:
-        policy = Policy(**point["policy"])
+        policy = Policy.from_dict(point["policy"])
         assert point["ratio"] == pytest.approx(run.grid.ratio(policy))
         low, high = point["predicted_range"]
         assert low <= point["predicted_perplexity"] <= high
         assert math.log(point["predicted_perplexity"]) == pytest.approx(float(run.predict(policy).mean), abs=1e-4)
-    dense = sum(p.nbytes for p in run.dense.parameters()) / 1e9
+    dense = sum(tensor.nbytes for tensor in Session(run).decoder.state().values()) / 1e9
     for point in data["measured"]:
         assert point["weights"] <= dense
-        assert math.log(point["perplexity"]) == pytest.approx(run.experience.lookup(Policy(**point["policy"])))
+        assert math.log(point["perplexity"]) == pytest.approx(run.experience.lookup(Policy.from_dict(point["policy"])))
 
 
 def test_a_profile_adds_latencies(tiny_run, tmp_path):
@@ -53,7 +55,8 @@ def test_a_profile_adds_latencies(tiny_run, tmp_path):
     data = answer("pareto", tmp_path / "run")
     assert list(data["axes"]) == ["weights", "prompt_pass", "decode_step"]
     point = data["predicted"][0]
-    steps = sum(point["policy"]["attention"]) + 0.5 * sum(point["policy"]["ffn"]) / 8
+    policy = Policy.from_dict(point["policy"])
+    steps = sum(policy.attention) + 0.5 * sum(policy.ffn) / 8
     assert point["prompt_pass"] == pytest.approx(2 + steps)
     assert (tmp_path / "run" / "pareto.html").exists()
     assert "prompt pass" in ppf("pareto", tmp_path / "run").stdout

@@ -1,33 +1,49 @@
 """Peers: on the grid, on the budget, deterministic, within their evaluations, and true to their formulas."""
 
+import copy
+import functools
 import itertools
 import math
 
 import pytest
 import torch
-from factories import synthetic_log_perplexity
+from factories import config_of, llama, model_of, synthetic_log_perplexity, tokens
+from structures import llama_structure
 
-from ppf.choose.budget import ratio_budget
+from ppf.choose.budget import RatioBudget
 from ppf.errors import InputError
-from ppf.fast.plain import masked_losses
+from ppf.families import KINDS
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.evaluation import Evaluator
+from ppf.fitting.masked import masked_losses
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
 from ppf.lab.peers import PEERS, Meter, PeerStatistics, peer_named
 from ppf.lab.peers.activations import observe
 from ppf.lab.peers.alphapruning import tail_index
 from ppf.lab.peers.dropping import kept_after, sublayer_costs
-from ppf.lab.peers.flap import _above_threshold
+from ppf.lab.peers.flap import above_threshold
+from ppf.lab.peers.layers import mean_over_layers, positions
+from ppf.lab.peers.puzzle import _solve
 from ppf.lab.peers.tracenas import _Agreement
+from ppf.model.build import pruned_config
+from ppf.model.decoder import Decoder
+from ppf.model.grid import Grid
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GIVEN = {"uniform-split": 5, "random": 8, "finercut": 60, "puzzle": 40, "evopress": 30, "evolution": 20}
+# A plain model, one of fused projections, one whose attention goes as a whole, and one with biases whose layers differ:
+# layer 1 has no FFN, layer 2 no attention, layer 3 neither.
+SOURCES = "llama", "phi3", "olmo2", "irregular"
 
 
-class Synthetic:
-    """Looks like an evaluator whose answer is made up, and remembers what it was asked."""
+class Synthetic(Evaluator):
+    """A real evaluator whose answer is made up, and which remembers what it was asked."""
 
-    def __init__(self, run):
-        self.grid, self.sequences, self.weights = run.grid, run.sequences(), run.permuted
+    def __init__(self, decoder, grid, sequences):
+        super().__init__(decoder, grid, sequences)
         self.asked = []
 
     def log_perplexities(self, policies, tokens=None):
@@ -35,24 +51,35 @@ class Synthetic:
         return synthetic_log_perplexity(self.grid, self.grid.encode(policies)).tolist()
 
 
-@pytest.fixture(scope="module")
-def run(tiny_run):
-    return Run(tiny_run / "run")
+@functools.cache
+def model(source: str):
+    if source != "irregular":
+        return model_of(source)
+    return llama(pruned_config(config_of("qwen2", num_hidden_layers=5), Policy([2, 3, 0, 0, 3], [64, 0, 48, 0, 32])))
 
 
-@pytest.fixture(scope="module")
-def shared(run):
-    return PeerStatistics.of_run(run, Synthetic(run), 0)
+@functools.cache
+def observed(source: str) -> PeerStatistics:
+    """Statistics of a model whose ranking is the checkpoint's order."""
+    decoder, sequences = Decoder.of_model(model(source)), tokens(6, 32)
+    grid, moments = Grid(decoder.structure, 8), list(calibrate(decoder, sequences))
+    return PeerStatistics(grid, decoder, moments, sequences, Meter(Synthetic(decoder, grid, sequences), 0))
 
 
-@pytest.fixture
-def statistics(shared, run):
-    def make(evaluations: int = 0, seed: int = 0) -> PeerStatistics:
-        fresh = shared.with_budget(evaluations, seed)
-        fresh.meter.evaluator = Synthetic(run)
-        return fresh
+def statistics(source: str = "llama", evaluations: int = 0, seed: int = 0) -> PeerStatistics:
+    fresh = observed(source).with_budget(evaluations, seed)
+    fresh.meter.evaluator = copy.copy(fresh.meter.evaluator)
+    fresh.meter.evaluator.asked = []
+    return fresh
 
-    return make
+
+def allocated(name: str, found: PeerStatistics, ratio: float) -> Policy:
+    return PEERS[name].allocate(found.grid.structure, found, RatioBudget(found.grid, ratio))
+
+
+def gap(grid: Grid, policy: Policy, ratio: float) -> float:
+    """Parameters between a policy and its budget."""
+    return abs(int(grid.kept(grid.encode([policy]))[0]) - (1 - ratio) * grid.structure.decoder_parameters)
 
 
 @pytest.fixture(autouse=True)
@@ -60,85 +87,84 @@ def few_proxies(monkeypatch):
     monkeypatch.setattr("ppf.lab.peers.tracenas._PROXIES", 12)
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", PEERS)
-def test_on_the_budget_within_the_evaluations_and_the_same_again(name, run, statistics):
+def test_on_the_budget_within_the_evaluations_and_the_same_again(name, source):
     given = GIVEN.get(name, 0)
     for ratio in (0.15, 0.5):
-        found = statistics(given)
-        policy = PEERS[name].allocate(run.structure, found, ratio_budget(run.grid, ratio))
-        target = (1 - ratio) * run.structure.decoder_parameters
-        gap = int(run.grid.kept(run.grid.encode([policy]))[0]) - target
-        assert abs(gap) <= min(run.grid.step_cost) / 2
+        found = statistics(source, given)
+        grid = found.grid
+        policy = allocated(name, found, ratio)
+        # FFN steps are the cheapest everywhere here, and there are enough of them to make up for one of attention.
+        assert gap(grid, policy, ratio) <= min(cost for cost in grid.step_cost if cost) / 2
         assert found.meter.spent <= given + 1e-9 and (found.meter.spent > 0) == (given > 0)
-        assert PEERS[name].allocate(run.structure, statistics(given), ratio_budget(run.grid, ratio)) == policy
+        assert allocated(name, statistics(source, given), ratio) == policy
 
 
-def test_methods_differ(run, statistics):
-    budget = ratio_budget(run.grid, 0.4)
-    found = {name: p.allocate(run.structure, statistics(GIVEN.get(name, 0)), budget) for name, p in PEERS.items()}
+@pytest.mark.parametrize("source", SOURCES)
+def test_methods_differ(source):
+    found = {name: allocated(name, statistics(source, GIVEN.get(name, 0)), 0.4) for name in PEERS}
     assert len(set(found.values())) >= len(PEERS) - 3
 
 
-def test_seeds_matter_to_what_is_random(run, statistics):
-    budget = ratio_budget(run.grid, 0.4)
+def test_seeds_matter_to_what_is_random():
     for name in ("random", "evolution"):
-        found = {PEERS[name].allocate(run.structure, statistics(60, seed), budget) for seed in range(3)}
-        assert len(found) == 3
+        assert len({allocated(name, statistics(evaluations=60, seed=seed), 0.4) for seed in range(3)}) == 3
 
 
-def test_searching_methods_return_the_best_they_measured(run, statistics):
-    budget = ratio_budget(run.grid, 0.4)
+@pytest.mark.parametrize("source", SOURCES)
+def test_searching_methods_return_the_best_they_measured(source):
     for name in ("uniform-split", "random", "evolution"):
-        found = statistics(GIVEN[name])
-        policy = PEERS[name].allocate(run.structure, found, budget)
+        found = statistics(source, GIVEN[name])
+        policy = allocated(name, found, 0.4)
         asked = found.meter.evaluator.asked
-        values = synthetic_log_perplexity(run.grid, run.grid.encode(asked))
+        values = synthetic_log_perplexity(found.grid, found.grid.encode(asked))
         assert policy == asked[int(values.argmin())] and len(set(asked)) == len(asked)
 
 
-def test_evolution_improves_and_more_is_better(run, statistics):
-    budget, values = ratio_budget(run.grid, 0.4), []
+def test_evolution_improves_and_more_is_better():
+    values = []
     for given in (1, 60, 300):
-        policy = PEERS["evolution"].allocate(run.structure, statistics(given), budget)
-        values.append(float(synthetic_log_perplexity(run.grid, run.grid.encode([policy]))[0]))
+        found = statistics(evaluations=given)
+        policy = allocated("evolution", found, 0.4)
+        values.append(float(synthetic_log_perplexity(found.grid, found.grid.encode([policy]))[0]))
     assert values[0] > values[1] > values[2]
 
 
-def test_staged_evolution_measures_few_on_much_text(run, statistics, monkeypatch):
+def test_staged_evolution_measures_few_on_much_text(monkeypatch):
     monkeypatch.setattr("ppf.lab.peers.evolution._BROOD", 12)
     monkeypatch.setattr("ppf.lab.peers.evolution._STAGES", ((4, 32), (2, 64), (1, 10**6)))
-    found, calls = statistics(9), []
+    found, calls = statistics(evaluations=9), []
     measure = found.meter.measure
     found.meter.measure = lambda policies, tokens: calls.append((len(policies), tokens)) or measure(policies, tokens)
-    PEERS["evopress"].allocate(run.structure, found, ratio_budget(run.grid, 0.4))
+    allocated("evopress", found, 0.4)
     assert calls[:3] == [(12, 32), (4, 64), (3, 10**6)]
-    first = (12 + 4 * 2) / len(run.sequences()) + 3
-    assert first <= found.meter.spent <= 9 and 9 - found.meter.spent < first
+    first = (12 + 4 * 2) / len(found.sequences) + 3
+    assert first - 1e-9 <= found.meter.spent <= 9 and 9 - found.meter.spent < first
 
 
-def test_the_meter_refuses_what_was_not_given(run):
-    meter, dense = Meter(Synthetic(run), 2), run.grid.dense()
+def test_the_meter_refuses_what_was_not_given():
+    found = statistics(evaluations=2)
+    meter, dense = found.meter, found.grid.dense()
     meter.measure([dense])
-    assert meter.cost(32) == 1 / len(run.sequences()) and meter.cost(10**9) == 1
+    assert meter.cost(32) == 1 / len(found.sequences) and meter.cost(10**9) == 1
     with pytest.raises(InputError, match="evaluations"):
         meter.measure([dense, dense])
     assert meter.spent == 1
     for name, given in (("finercut", 5), ("puzzle", 3)):
-        short = PeerStatistics(run.grid, run.permuted, [], run.sequences(), Meter(Synthetic(run), given))
         with pytest.raises(InputError, match="evaluations"):
-            PEERS[name].allocate(run.structure, short, ratio_budget(run.grid, 0.5))
+            allocated(name, statistics(evaluations=given), 0.5)
 
 
-def test_puzzle_finds_the_optimum_of_additive_damages(run, statistics):
+@pytest.mark.parametrize("source", SOURCES)
+def test_puzzle_finds_the_optimum_of_additive_damages(source):
     """Against every policy of a made-up additive problem; interactions of the true one are not its claim."""
-    from ppf.lab.peers.puzzle import _solve
-
-    grid, generator = run.grid, torch.Generator().manual_seed(0)
+    grid, generator = observed(source).grid, torch.Generator().manual_seed(0)
     damage = [
         torch.rand(high - low + 1, generator=generator).sort(descending=True).values.double()
         for low, high in zip(grid.minimum, grid.maximum, strict=True)
     ]
-    levels, budget = _solve(damage, ratio_budget(grid, 0.4)), ratio_budget(grid, 0.4)
+    levels, budget = _solve(damage, RatioBudget(grid, 0.4)), RatioBudget(grid, 0.4)
     chosen = sum(float(d[level - low]) for d, level, low in zip(damage, levels, grid.minimum, strict=True))
     assert chosen <= _best_additive(damage, grid, budget.kept) + 1e-4
 
@@ -154,25 +180,26 @@ def _best_additive(damage, grid, kept) -> float:
             key = cost + (low + index) * step // unit
             nxt[key] = min(nxt.get(key, math.inf), value + damage_here)
         best = nxt
-    slack = min(grid.step_cost) / 2
+    slack = min(cost for cost in grid.step_cost if cost) / 2
     return min(v for cost, v in best.items() if abs(cost * unit - kept * total) <= slack)
 
 
-def test_finercut_drops_the_least_harmful_first(run, statistics):
-    grid = run.grid
-    found = statistics(60)
-    policy = PEERS["finercut"].allocate(run.structure, found, ratio_budget(grid, 0.3))
-    asked = found.meter.evaluator.asked[: grid.sublayers]
+@pytest.mark.parametrize("source", SOURCES)
+def test_finercut_drops_the_least_harmful_first(source):
+    found = statistics(source, 60)
+    grid = found.grid
+    policy = allocated("finercut", found, 0.3)
+    # It asks about every sub-layer that has something to lose.
+    free = [s for s, (low, high) in enumerate(zip(grid.minimum, grid.maximum, strict=True)) if high > low]
+    asked = found.meter.evaluator.asked[: len(free)]
+    assert len(set(asked)) == len(free) and grid.dense() not in asked
     values = synthetic_log_perplexity(grid, grid.encode(asked))
-    first = int(values.argmin())
+    first = free[int(values.argmin())]
     assert grid.encode([policy])[0, first] <= grid.minimum[first] + 1
 
 
 def test_dropping_goes_on_until_the_budget_and_partly_beyond():
-    from ppf.model.grid import Grid
-    from ppf.model.structure import Structure
-
-    grid = Grid(Structure(3, 32, 2, 1, 8, 64), 8)
+    grid = Grid(llama_structure(3, 32, 2, 1, 8, 64), 8)
     costs = sublayer_costs(grid)
     assert kept_after(grid, [(1, 4), (2, 5)], 1.0).tolist() == [1] * 6
     for kept in (0.9, 0.6, 0.4):
@@ -182,16 +209,38 @@ def test_dropping_goes_on_until_the_budget_and_partly_beyond():
     assert fractions[0] == 0.5 and fractions[3] == 0 and 0 < fractions[1] == fractions[4] < 1
 
 
-def test_flap_counts_costs_to_the_budget():
-    from ppf.model.structure import Structure
+def test_dropping_what_is_absent_changes_nothing():
+    grid = observed("irregular").grid
+    costs = sublayer_costs(grid)
+    assert costs[[6, 2, 3, 8]].tolist() == [0, 0, 0, 0] and (costs > 0).sum() == 6
+    fractions = kept_after(grid, [(3, 8), (2, 7), (1, 6), (4, 9)], 0.7)
+    assert float((fractions * costs).sum() / costs.sum()) == pytest.approx(0.7)
 
-    structure = Structure(4, 32, 4, 2, 8, 96)
+
+def test_flap_counts_costs_to_the_budget():
+    structure = llama_structure(4, 32, 4, 2, 8, 96)
     generator = torch.Generator().manual_seed(0)
-    groups, channels = torch.randn(4, 4, generator=generator), torch.randn(4, 96, generator=generator)
-    kept_groups, kept_channels = _above_threshold(groups, channels, structure, 0.55)
-    cost = int(kept_groups.sum()) * structure.kv_group_cost + int(kept_channels.sum()) * structure.channel_cost
-    assert abs(cost - 0.55 * structure.decoder_parameters) <= structure.kv_group_cost / 2
-    assert groups[kept_groups].min() > groups[~kept_groups].max()
+    scores = [torch.randn(s.units, generator=generator) for s in structure.sublayers]
+    scores[2] = torch.zeros(0)  # an absent one
+    costs = [s.cost for s in structure.sublayers]
+    kept = above_threshold(scores, costs, 0.55)
+    cost, total = (sum(int(n) * c for n, c in zip(ns, costs, strict=True)) for ns in (
+        [k.sum() for k in kept], [len(k) for k in kept]
+    ))  # fmt: skip
+    assert abs(cost - 0.55 * total) <= max(costs) / 2
+    kept, scores = torch.cat(kept), torch.cat(scores)
+    assert scores[kept].min() > scores[~kept].max()
+
+
+def test_shares_are_of_parameters_and_absent_layers_count_nothing():
+    structure = observed("irregular").grid.structure
+    costs = torch.tensor([a.units * a.cost + f.units * f.cost for a, f in zip(structure.attention, structure.ffn)])
+    values = torch.tensor([0.1, 0.2, 0.3, 100.0, 0.5], dtype=torch.float64)
+    assert float(mean_over_layers(values, structure)) == pytest.approx(float((values * costs).sum() / costs.sum()))
+    assert costs[3] == 0 and len(set(costs.tolist())) == 5
+    alike = llama_structure(4, 48, 3, 2, 8, 64)
+    assert float(mean_over_layers(torch.arange(4.0), alike)) == pytest.approx(1.5)
+    assert positions([3.0, None, 5.0, 4.0]).tolist() == [0, 0, 1, 0.5] and positions([2.0, 2.0]).tolist() == [0, 0]
 
 
 def test_tail_index_finds_a_power_law():
@@ -202,33 +251,62 @@ def test_tail_index_finds_a_power_law():
     assert float(tail_index(matrix)) == pytest.approx(alpha, rel=0.02)
 
 
-def test_activations_are_those_of_the_model(run):
-    tokens = run.sequences()[:3]
-    seen = observe(run.weights, tokens)
+@pytest.mark.parametrize("source", (*SOURCES, "gemma2", "granite"))
+def test_activations_are_those_of_the_model(source):
+    real, given = model(source), tokens(3, 32, seed=4)
+    decoder = Decoder.of_model(real)
+    read = {}
+
+    def keep(place, _, inputs):
+        read[place] = inputs[0].detach().double().square().mean((0, 1))
+
+    hooks = []
+    for index, layer in enumerate(real.model.layers):
+        for kind, part in decoder.family.parts.items():
+            if decoder.structure.of(kind)[index].units:
+                first = layer.get_submodule(f"{part.module}.{next(iter(part.rows))}")
+                hooks.append(first.register_forward_pre_hook(functools.partial(keep, (index, kind))))
     with torch.no_grad():
-        states = run.dense(input_ids=tokens, output_hidden_states=True).hidden_states
-    for index in range(run.structure.layers - 1):  # transformers normalises the last one
+        states = real(input_ids=given, output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    seen = observe(decoder, given)
+    assert {(index, kind) for index, layer in enumerate(seen) for kind in layer.inputs} == set(read)
+    for index in range(len(seen) - 1):  # transformers normalises the last one
         cosine = torch.cosine_similarity(states[index], states[index + 1], dim=-1).double()
         assert seen[index].cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
-        assert seen[index].angle == pytest.approx(float(cosine.arccos().mean() / math.pi), abs=1e-5)
-    normed = run.dense.model.layers[1].input_layernorm(states[1]).double()
-    torch.testing.assert_close(seen[1].attention_input, normed.square().mean((0, 1)), rtol=1e-4, atol=1e-6)
+        assert seen[index].angle == pytest.approx(float(cosine.clamp(-1, 1).arccos().mean() / math.pi), abs=1e-4)
+    for (index, kind), found in read.items():
+        torch.testing.assert_close(seen[index].inputs[kind], found, rtol=1e-4, atol=1e-6)
 
 
-def test_the_plain_model_is_the_evaluators(run):
-    policy = PEERS["uniform"].allocate(run.structure, None, ratio_budget(run.grid, 0.3))
-    evaluator = run.evaluator(refit=False)
-    levels = run.grid.encode([policy])[0].tolist()
-    losses = masked_losses(evaluator.weights, run.grid, levels, run.sequences())
-    assert float(losses.double().mean()) == pytest.approx(evaluator.log_perplexity(policy), abs=1e-5)
+def test_statistics_of_a_run_stand_in_its_ranking_order(tiny_run):
+    session = Session(Run(tiny_run / "run"))
+    found = PeerStatistics.of_run(session.run, session.evaluator(), 7, seed=3)
+    assert (found.meter.limit, found.seed) == (7, 3)
+    for layer, truth in zip(found.moments, calibrate(session.permuted, found.sequences), strict=True):
+        for kind in KINDS:
+            torch.testing.assert_close(layer.of(kind).mean, truth.of(kind).mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.of(kind).variance, truth.of(kind).variance, rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_agreement_is_one_per_projection_for_the_dense_model(run, statistics):
-    budget = ratio_budget(run.grid, 0.3)
-    agreement = _Agreement(statistics(), budget)
-    dense = agreement(run.grid.dense())
-    assert dense == pytest.approx(7 * run.structure.layers, rel=1e-4)
-    assert agreement(PEERS["uniform"].allocate(run.structure, None, budget)) < 0.9 * dense
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_differentiable_model_is_the_evaluators(source):
+    found = observed(source)
+    policy = allocated("uniform", found, 0.3)
+    levels = found.grid.encode([policy])[0].tolist()
+    losses = masked_losses(found.decoder, found.grid, levels, found.sequences)
+    truth = Evaluator(found.decoder, found.grid, found.sequences).log_perplexity(policy)
+    assert float(losses.double().mean()) == pytest.approx(truth, abs=1e-5)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_gradient_agreement_is_one_per_projection_for_the_dense_model(source):
+    found = observed(source)
+    agreement = _Agreement(found, RatioBudget(found.grid, 0.3))
+    dense = agreement(found.grid.dense())
+    assert dense == pytest.approx({"llama": 28, "phi3": 16, "olmo2": 28, "irregular": 3 * 4 + 3 * 3}[source], rel=1e-4)
+    assert agreement(allocated("uniform", found, 0.3)) < 0.9 * dense
 
 
 def test_what_is_no_method_is_refused():

@@ -17,7 +17,7 @@ from ppf.deliver.export import open_source, to_deci, to_gguf, to_hf, to_vllm
 from ppf.deliver.export.routes import routes
 from ppf.deliver.portable import choose_portable, portable_grid
 from ppf.errors import InputError
-from ppf.fitting import fit
+from ppf.fitting.stages import fit
 from ppf.fitting.run import Run, Settings
 from ppf.fitting.run.settings import portable_settings
 from ppf.model.grid import PORTABLE_MULTIPLE, Grid, portable_multiple

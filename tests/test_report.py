@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_cases import answer, ppf
 from factories import synthetic_log_perplexity
+from structures import llama_structure
 
 from ppf.choose.candidates.sampling import random_levels, random_ratios
 from ppf.choose.predictor import make_predictor
@@ -16,13 +17,13 @@ from ppf.errors import InputError
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
 from ppf.lab.report import baselines, heldout, report
 from ppf.lab.report.metrics import by_ratio, scores
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)
+GRID = Grid(llama_structure(4, 48, 3, 2, 8, 64), 16)
 
 
 class Killed(BaseException):
@@ -81,7 +82,7 @@ def test_the_additive_baseline_is_exact_for_what_is_additive():
 
 
 def test_unmeasured_levels_are_interpolated():
-    grid = Grid(Structure(1, 16, 1, 1, 16, 400), 16)  # 25 levels of the FFN
+    grid = Grid(llama_structure(1, 16, 1, 1, 16, 400), 16)  # 25 levels of the FFN
     levels = baselines.single_levels(grid)
     assert levels[0] == [] and len(levels[1]) == 12 and levels[1][0] == 0
     values = (25 - grid.encode(baselines.single_policies(grid))[:, 1].double()).tolist()
@@ -134,11 +135,11 @@ def card(tiny_run, tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "log_perplexities", counting)
         with pytest.raises(Killed):
-            report(Run(run), folder / "out", held_out=20)
+            report(Session(Run(run)), folder / "out", held_out=20)
         assert not (folder / "out").exists()
-        first = report(Run(run), folder / "out", held_out=20, kinds=("mlp",))
+        first = report(Session(Run(run)), folder / "out", held_out=20, kinds=("mlp",))
         measured = sum(calls)
-        second = report(Run(run), folder / "out", held_out=20)
+        second = report(Session(Run(run)), folder / "out", held_out=20)
     return {"folder": folder, "run": run, "first": first, "second": second, "measured": measured, "calls": sum(calls)}
 
 
@@ -160,7 +161,7 @@ def test_what_a_report_holds(card):
     rows = heldout.training_rows(Run(card["run"]))
     assert [point["evaluations"] for point in data["curve"]] == [len(rows)] and data["evaluations"] == len(rows)
     assert data["latency"]["milliseconds"] > 0 and data["latency"]["times_faster"] > 0
-    evaluator = Run(card["run"]).evaluator()
+    evaluator = Session(Run(card["run"])).evaluator()
     assert evaluator.log_perplexity(evaluator.grid.dense()) == pytest.approx(data["dense_log_perplexity"], rel=1e-6)
 
 
@@ -184,7 +185,7 @@ def test_the_command_prints_one_object(card, tmp_path):
 )
 def test_mistakes_are_refused_before_any_work(copied, tmp_path, arguments, field):
     with pytest.raises(InputError) as caught:
-        report(Run(copied), tmp_path / "out", **arguments)
+        report(Session(Run(copied)), tmp_path / "out", **arguments)
     assert caught.value.field == field
     assert not (tmp_path / "out").exists() and not (copied / heldout.STORE).exists()
 
@@ -192,7 +193,7 @@ def test_mistakes_are_refused_before_any_work(copied, tmp_path, arguments, field
 def test_more_policies_than_there_are_is_refused(copied, monkeypatch):
     monkeypatch.setattr(heldout, "_PATIENCE", 1)
     with pytest.raises(InputError, match="held-out = .*too few .* policies") as caught:
-        report(Run(copied), held_out=20_000)
+        report(Session(Run(copied)), held_out=20_000)
     assert caught.value.field == "held-out" and not (copied / heldout.STORE).exists()
 
 
@@ -200,4 +201,4 @@ def test_an_unfinished_run_has_no_report(copied):
     manifest = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps(manifest | {"state": "fitting"}))
     with pytest.raises(InputError, match="not finished"):
-        report(Run(copied), held_out=20)
+        report(Session(Run(copied)), held_out=20)

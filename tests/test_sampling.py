@@ -2,21 +2,22 @@
 
 import pytest
 import torch
+from structures import irregular_structure, llama_structure
 
 from ppf.choose.candidates.sampling import RATIO_RANGE, mutate, random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # An attention step costs 2.7 FFN steps: budgets cannot be met by swapping one for one.
-GRID = Grid(Structure(8, 64, 4, 3, 8, 256), 8)
+GRID = Grid(llama_structure(8, 64, 4, 3, 8, 256), 8)
+IRREGULAR = Grid(irregular_structure(), 8)
 
 
-def gap(levels: torch.Tensor, ratio: torch.Tensor | float) -> torch.Tensor:
+def gap(levels: torch.Tensor, ratio: torch.Tensor | float, grid: Grid = GRID) -> torch.Tensor:
     """Distance from the budget, in the cheapest steps."""
-    target = (1 - torch.as_tensor(ratio).double()) * GRID.structure.decoder_parameters
-    return (GRID.kept(levels) - target).abs() / min(GRID.step_cost)
+    target = (1 - torch.as_tensor(ratio).double()) * grid.structure.decoder_parameters
+    return (grid.kept(levels) - target).abs() / min(cost for cost in grid.step_cost if cost)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -74,3 +75,16 @@ def test_generations_of_mutants_stay_on_the_budget_they_are_given():
         free, held = mutate(free, GRID, draw), mutate(held, GRID, draw, ratio=0.4)
     assert (gap(held, 0.4) <= 0.5 + 1e-5).all()
     assert gap(free, 0.4).max() > 0.5  # each keeping its parent's cost drifts away
+
+
+def test_what_a_layer_lacks_stays_absent():
+    ratio = random_ratios(100, generator())
+    levels = random_levels(IRREGULAR, ratio, generator(1))
+    mutants = mutate(levels, IRREGULAR, generator(2), ratio=ratio)
+    for found in (levels, mutants):
+        assert (gap(found, ratio, IRREGULAR) <= 0.5 + 1e-5).all()
+        assert (found <= torch.tensor(IRREGULAR.maximum)).all() and (found >= torch.tensor(IRREGULAR.minimum)).all()
+    assert (mutants != levels).any(1).float().mean() > 0.8
+    for share in (0.2, 0.5):
+        policy = uniform_policy(IRREGULAR, share)
+        assert gap(IRREGULAR.encode([policy]), share, IRREGULAR).item() <= 0.5 + 1e-6

@@ -4,19 +4,22 @@ import shutil
 
 import pytest
 import torch
-from factories import dense_weights, random_ranking, synthetic_log_perplexity, tokens
+from factories import config_of, dense_weights, llama, random_ranking, synthetic_log_perplexity, tokens
 
 from ppf.choose.agent import Agent
 from ppf.choose.candidates.breeding import Effort
 from ppf.choose.predictor import make_predictor
 from ppf.errors import InputError
-from ppf.fitting.collection import Fitted, collect, learn
+from ppf.fast.permute import permuted
+from ppf.fitting.collection import Fitted, Learning, collect, learn
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.evaluation.measurement import measure
 from ppf.fitting.experience import Experience
 from ppf.fitting.search import SEARCH_ROUND, Search
+from ppf.model.build import pruned_config
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,10 +41,23 @@ def small_generations(monkeypatch):
 
 
 def evaluator() -> Synthetic:
-    _, weights = dense_weights(num_attention_heads=12, num_key_value_heads=3, head_dim=8)
-    grid = Grid(weights.structure, 8)
+    _, decoder = dense_weights(num_attention_heads=12, num_key_value_heads=3, head_dim=8)
+    grid = Grid(decoder.structure, 8)
     assert grid.step_cost[0] > 3 * grid.step_cost[-1]  # budgets cannot be met by swapping one for one
-    return Synthetic(weights.permuted(random_ranking(weights.structure)), grid, tokens(2, 12))
+    return Synthetic(permuted(decoder, random_ranking(decoder.structure)), grid, tokens(2, 12))
+
+
+def irregular() -> Synthetic:
+    """Of a model whose layers differ: layer 1 has no FFN, layer 2 no attention."""
+    config = pruned_config(config_of("phi3"), Policy([2, 3, 0, 3], [64, 0, 48, 32]))
+    decoder = Decoder.of_model(llama(config))
+    return Synthetic(decoder, Grid(decoder.structure, 4), tokens(2, 12))
+
+
+def whole() -> Synthetic:
+    """Of a model whose attention goes as a whole."""
+    _, decoder = dense_weights(family="olmo2")
+    return Synthetic(decoder, Grid(decoder.structure, 4), tokens(2, 12))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +125,24 @@ def test_every_measured_policy_is_on_the_budget(search, ratio):
     assert gaps.max() <= min(one.grid.step_cost) / 2
 
 
+@pytest.mark.parametrize("make, kind", [(irregular, "gp"), (irregular, "mlp"), (irregular, "cnn"), (whole, "gp")])
+def test_layers_may_differ_and_attention_may_go_as_a_whole(make, kind, tmp_path, monkeypatch):
+    """From the first proposals to the end of a search, with every kind of predictor."""
+    monkeypatch.setattr("ppf.fitting.search.static._REFIT_STEPS", 30)
+    measuring, store = make(), Experience(tmp_path / "experience.sqlite")
+    grid = measuring.grid
+    collect(measuring, store, 24, seed=0, learning=Learning(predictor=kind))
+    found = learn(grid, store.rows(), 0, torch.device("cpu"), effort=0.1, learning=Learning(predictor=kind), experts=0)
+    best, value = Search(measuring, store, found.predictor, found.agent, 0.4, 0).run(12)
+    searched = [row for row in store.rows() if row.round == SEARCH_ROUND]
+    assert len(searched) == 12 and value == min(row.log_perplexity for row in searched)
+    for row in store.rows():
+        grid.check(row.policy)
+    target, half = 0.6 * grid.structure.decoder_parameters, min(cost for cost in grid.step_cost if cost) / 2
+    assert (grid.kept(grid.encode([row.policy for row in searched])) - target).abs().max() <= half
+    assert best in {row.policy for row in searched}
+
+
 def test_starts_without_any_experience(fitted, tmp_path):
     found, _ = fitted
     one = Search(evaluator(), Experience(tmp_path / "empty.sqlite"), found.predictor, found.agent, 0.3, 0)
@@ -125,13 +159,11 @@ def test_refuses_what_cannot_be(search):
 
 
 def test_a_budget_with_few_policies_ends_with_an_error(fitted, tmp_path, monkeypatch):
-    structure = Structure(1, 48, 2, 1, 8, 32)
-    _, weights = dense_weights(
+    _, decoder = dense_weights(
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, intermediate_size=32
     )
-    grid = Grid(weights.structure, 16)
-    assert weights.structure == structure
-    measuring = Synthetic(weights, grid, tokens(2, 12))
+    grid = Grid(decoder.structure, 16)
+    measuring = Synthetic(decoder, grid, tokens(2, 12))
     one = Search(measuring, Experience(tmp_path / "small.sqlite"), make_predictor("mlp", grid), Agent(grid), 0.3, 0)
     with pytest.raises(InputError, match="no more policies"):
         one.run(20)

@@ -1,4 +1,4 @@
-"""What safetensors files say they hold, checked against what is there, without reading any weights."""
+"""A checkpoint folder and what its safetensors files say they hold, without reading any weights."""
 
 from __future__ import annotations
 
@@ -8,31 +8,48 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import InputError
 
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of the tensor types that PPF reads."""
+REPORT = "ppf.json"
+"""The report beside the weights of everything PPF writes."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+READ = "F32", "F16", "BF16"
+"""The tensor types that PPF computes with."""
+
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _REMEDY = "The file is damaged: get it again"
+# Far above any real configuration or index, and small enough to be parsed in a second.
+_LARGEST_JSON = 16 << 20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, and shape and dtype ("BF16") as the header gives them."""
+    """Where a tensor lies: its file and its name there; shape and dtype ("BF16") as the header gives them."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    name: str
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * BYTES[self.dtype]
+        return prod(self.shape) * _BYTES.get(self.dtype, 1)
+
+
+def existing_folder(path: str | Path) -> Path:
+    """``path`` as a folder that exists; raises ``InputError``."""
+    folder = Path(path)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise InputError("checkpoint", folder, problem, "Name a local Hugging Face folder with config.json")
+    return folder
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint, by name; one file or the shards of its index.
+    """All tensors of a checkpoint, by their names on disk; one file or the shards of its index.
 
     Raises ``InputError`` naming the file, and the tensor where there is one, if a file is missing, truncated or has
     a damaged header, or if the index does not match its shards.
@@ -52,23 +69,26 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name. Raises ``InputError`` if the file is truncated or damaged."""
-    size, header = _raw_header(file)
-    length, entries = len(header), _parse(file, header)
-    tensors, end = {}, 0
-    for name, entry in sorted(entries.items(), key=lambda item: _offsets(file, *item)):
-        tensors[name], end = _check_entry(file, name, entry, end)
-    if end != size - 8 - length:
-        problem = f"has {size - 8 - length} bytes of data where its header describes {end}"
-        raise InputError("safetensors file", file, problem, _REMEDY)
-    return tensors
+    try:
+        with safe_open(file, framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
+            return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape()), name) for name, s in slices.items()}
+    except SafetensorError as error:  # it checks lengths, offsets, shapes and types against each other
+        raise InputError("safetensors file", file, f"safetensors refuses it ({error})", _REMEDY) from None
+    except OSError as error:
+        raise InputError("safetensors file", file, f"cannot be read ({error})", "Make it readable") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises ``InputError`` if it is missing or holds anything else."""
+    """The JSON object in ``file``. Raises ``InputError`` if it is missing, huge, or holds anything else."""
     try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise InputError("file", file, f"is larger than {_LARGEST_JSON >> 20} MiB", "Name a Hugging Face folder")
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("file", file, "does not exist", "Name a complete Hugging Face folder") from None
+    except InputError:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise InputError("file", file, f"is not valid JSON ({error})", _REMEDY) from None
     if not isinstance(data, dict):
@@ -98,60 +118,3 @@ def _read_shard(folder: Path, shard: str) -> dict[str, StoredTensor]:
     if not (folder / shard).is_file():
         raise InputError("shard", folder / shard, f"is named in {INDEX} but does not exist", "Get the missing file")
     return read_header(folder / shard)
-
-
-def _raw_header(file: Path) -> tuple[int, bytes]:
-    """Size of the file in bytes, and its header without the eight bytes of its length."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size >= 8 and length <= min(size - 8, _LONGEST_HEADER):
-                return size, stream.read(length)
-    except OSError as error:
-        raise InputError("safetensors file", file, f"cannot be read ({error.strerror})", "Make it readable") from None
-    problem = f"its header length {length} does not fit the file of {size} bytes"
-    raise InputError("safetensors file", file, problem, _REMEDY)
-
-
-def _parse(file: Path, header: bytes) -> dict[str, Any]:
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InputError("safetensors file", file, f"its header is not valid JSON ({error})", _REMEDY) from None
-    if not isinstance(entries, dict):
-        raise InputError("safetensors file", file, "its header is no JSON object", _REMEDY)
-    entries.pop("__metadata__", None)
-    return entries
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return dict(pairs)
-
-
-def _offsets(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise InputError("safetensors file", file, f"tensor {name} has no valid data_offsets", _REMEDY)
-    return offsets[0], offsets[1]
-
-
-def _check_entry(file: Path, name: str, entry: dict[str, Any], start: int) -> tuple[StoredTensor, int]:
-    """The tensor of ``entry``, which must begin at ``start``, and where it ends."""
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    begin, end = _offsets(file, name, entry)
-    if not isinstance(dtype, str) or dtype not in BYTES:
-        remedy = f"Use weights in one of {list(BYTES)}, not quantised"
-        raise InputError("safetensors file", file, f"tensor {name} has type {dtype}", remedy)
-    if not _naturals(shape):
-        raise InputError("safetensors file", file, f"tensor {name} has no valid shape", _REMEDY)
-    if begin != start or end - begin != prod(shape) * BYTES[dtype]:
-        problem = f"tensor {name}, {dtype} {shape}, cannot lie at bytes {begin} to {end}"
-        raise InputError("safetensors file", file, problem, _REMEDY)
-    return StoredTensor(file, dtype, tuple(shape)), end
-
-
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

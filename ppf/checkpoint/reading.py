@@ -2,72 +2,73 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..model.layout import TIED, build
-from .checks import existing_folder, read_config, require_source, stored_tensors
+from ..model.build import build
+from ..model.decoder import Decoder
+from .blame import attempt
+from .bounds import require_plain
+from .checks import read_config
 from .hashes import verify
-from .headers import StoredTensor, read_json
+from .headers import existing_folder, read_json
+from .source import Checkpoint
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GENERATION = "generation_config.json"
 _TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", "vocab.json"
 
 
-def load_dense(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto") -> LlamaForCausalLM:
-    """The dense model to prune, in eval mode. ``dtype`` "auto" is the config's, else the embedding's.
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """The model in ``path``, in eval mode: of any registered family, dense or pruned; of a multimodal model the text
+    tower, as a text-only model. ``dtype`` "auto" is the config's, else the embedding's.
 
-    Raises ``InputError`` as :func:`check_checkpoint` does, for NaN or Inf weights, for an unknown dtype, and for a
-    device that is not there.
+    Files that ``ppf.json`` lists must have the recorded SHA-256. Raises ``InputError`` as :func:`check_checkpoint`
+    does, for NaN or Inf weights, for an unknown dtype, and for a device that is not there.
     """
-    target, folder = resolve_device(device), existing_folder(path)
-    config = read_config(folder)
-    require_source(folder, config)
-    return _load(folder, config, target, dtype)
+    target, opened = _open(path, device)
+    wanted = opened.resolve_dtype(dtype)
+    generation = load_generation_config(opened.folder)
+    return build(copy.deepcopy(opened.config), opened.state(target, wanted), wanted, generation)
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """Any model that PPF or Hugging Face wrote as Llama, PPFLlama or (uniform results) Mistral, in eval mode.
+def load_decoder(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> Decoder:
+    """The weights in ``path`` as plain tensors, whatever :func:`load` loads. Raises ``InputError`` as it does."""
+    target, opened = _open(path, device)
+    return opened.decoder(target, dtype)
 
-    Files that ``ppf.json`` lists must have the recorded SHA-256. Raises ``InputError`` as :func:`load_dense` does.
-    """
-    target, folder = resolve_device(device), existing_folder(path)
-    config = read_config(folder)
-    verify(folder)
-    return _load(folder, config, target, dtype)
+
+def load_generation_config(path: str | Path) -> GenerationConfig | None:
+    """``generation_config.json`` in ``path``, None if there is none. Raises ``InputError`` if transformers cannot read
+    it; what it reads but would not write is taken as it is."""
+    file = existing_folder(path) / GENERATION
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    require_plain(file, data)
+    return attempt(file, data, _generation_config)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``path``. Raises ``InputError`` if it is missing, damaged or knows more ids than the model."""
+    """The tokenizer in ``path``. Raises ``InputError`` if it is missing or damaged.
+
+    It may know more tokens than the model: :func:`ppf.text.read_tokens` refuses a text that yields one.
+    """
     folder = existing_folder(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         remedy = f"Put one of {list(_TOKENIZER_FILES)} there, from the model's own source"
         raise InputError("tokenizer", folder, "holds no tokenizer files", remedy)
-    vocabulary = read_config(folder).vocab_size
+    config = read_config(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
         raise InputError("tokenizer", folder, problem, "Get the tokenizer files again") from error
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= vocabulary:
-        problem = f"has token ids up to {highest}, the model's vocabulary ends at {vocabulary - 1}"
-        raise InputError("tokenizer", folder, problem, "Use the tokenizer that the model was trained with")
-    return tokenizer
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -87,58 +88,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _load(folder: Path, config: PreTrainedConfig, device: torch.device, dtype: str | torch.dtype) -> PreTrainedModel:
-    stored = stored_tensors(folder, config)
-    wanted = _resolve_dtype(dtype, config, stored)
-    state_dict = _read_finite(stored, device, wanted)
-    model = build(config, state_dict, wanted, _generation_config(folder))
-    model.config._name_or_path = str(folder)
-    return model
+def _open(path: str | Path, device: str | torch.device) -> tuple[torch.device, Checkpoint]:
+    target, opened = resolve_device(device), Checkpoint(path)
+    verify(opened.folder)
+    return target, opened
 
 
-def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, StoredTensor]) -> torch.dtype:
-    if dtype == "auto":
-        dtype = config.dtype or _STORED_DTYPES[stored[TIED[1]].dtype]
-    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
-        raise InputError("dtype", dtype, "is not supported", f"Use auto or one of {list(DTYPES)}")
-    return resolved
-
-
-def _read_finite(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors on ``device`` in ``dtype``; one at a time, so that only one exists twice."""
-    names = defaultdict(list)
-    for name, tensor in stored.items():
-        names[tensor.file].append(name)
-    tensors = {}
-    for file in sorted(names):
-        with safe_open(file, framework="pt", device=str(device)) as reader:
-            for name in names[file]:
-                tensors[name] = _finite(file, name, reader.get_tensor(name), dtype)
-    return tensors
-
-
-def _finite(file: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not _all_finite(tensor):
-        problem = f"tensor {name} holds NaN or Inf"
-        raise InputError("weights", file, problem, "The file is damaged or the model diverged: get it again")
-    cast = tensor.to(dtype)
-    # bfloat16 and float32 reach further than float16.
-    if dtype is torch.float16 and cast is not tensor and not _all_finite(cast):
-        raise InputError("dtype", dtype, f"tensor {name} of {file} overflows in it", "Use bfloat16 or float32")
-    return cast
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # aminmax propagates NaN, and reads bf16 on a CPU several times faster than isfinite().all().
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
-    try:
-        return GenerationConfig.from_dict(read_json(file))
-    except (ValueError, TypeError) as error:
-        raise InputError("file", file, f"transformers refuses it ({error})", "Correct or remove it") from error
+def _generation_config(data: Mapping[str, Any]) -> GenerationConfig:
+    """Without names that would overwrite methods of transformers' class."""
+    usable = {name: value for name, value in data.items() if not callable(getattr(GenerationConfig, name, None))}
+    return GenerationConfig.from_dict(usable)

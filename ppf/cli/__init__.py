@@ -1,7 +1,9 @@
-"""The command line. Commands import what they need when they run."""
+"""The command line. Commands import what they need when they run: help loads neither torch nor transformers."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -51,11 +53,19 @@ def _print_version(wanted: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
-    """Structural pruning of Llama-family language models: fit once, then any size in milliseconds."""
-    from transformers.utils import logging
+    """Structural pruning of decoder language models: fit once, then any size in milliseconds."""
+    _quiet_transformers()
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def _quiet_transformers() -> None:
+    """No notes and bars of others between ours. transformers reads the environment when it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def main() -> None:

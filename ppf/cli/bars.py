@@ -9,14 +9,16 @@ _WIDTH = 24
 
 
 def policy_bars(policy: Policy, structure: Structure) -> str:
-    """Kept kv-groups and FFN channels of every layer, against the dense widths of ``structure``."""
+    """Kept kv-groups and FFN channels of every layer, against the widths that this layer has in ``structure``."""
     rows = [f"{'layer':>5}  {'attention (kv-groups)':<{_WIDTH + 10}}  FFN (channels)"]
-    for layer, (groups, channels) in enumerate(zip(policy.attention, policy.ffn, strict=True)):
-        attention = f"{_bar(groups, structure.kv_groups)} {f'{groups}/{structure.kv_groups}':<9}"
-        rows.append(f"{layer:>5}  {attention}  {_bar(channels, structure.channels)} {channels}/{structure.channels}")
+    for layer, (attention, ffn) in enumerate(zip(structure.attention, structure.ffn, strict=True)):
+        groups, channels = _bar(policy.attention[layer], attention.units), _bar(policy.ffn[layer], ffn.units)
+        rows.append(f"{layer:>5}  {groups:<{_WIDTH + 10}}  {channels}")
     return "\n".join(rows)
 
 
-def _bar(kept: int, dense: int) -> str:
-    filled = round(_WIDTH * kept / dense)
-    return "█" * filled + "░" * (_WIDTH - filled)
+def _bar(kept: int, whole: int) -> str:
+    if not whole:  # the source has no such sub-layer
+        return f"{'':{_WIDTH}} -"
+    filled = round(_WIDTH * kept / whole)
+    return "█" * filled + "░" * (_WIDTH - filled) + f" {kept}/{whole}"

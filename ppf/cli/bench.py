@@ -89,7 +89,7 @@ def _models(path: Path, ratios: str, device: str, dtype: str) -> Iterator[tuple[
     from ..deliver.elastic.loading import load
 
     if not (path / "run.json").is_file():
-        from .eval import load_for_computing
+        from ..fitting.perplexity import load_for_computing
 
         yield 0.0, load_for_computing(path, device, dtype)
         return
@@ -137,7 +137,7 @@ def _check_plot(plot: Path | None) -> None:
         raise InputError("plot", plot, "needs matplotlib", "pip install matplotlib, or leave --plot out") from None
     if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
         raise InputError(
-            "plot", plot, "is no file to draw to", "Use a name in an existing folder, ending in .svg or .png"
+            "plot", plot, "is not a file to draw to", "Use a name in an existing folder, ending in .svg or .png"
         )
 
 

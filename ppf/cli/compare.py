@@ -14,7 +14,7 @@ from .console import progress_bars, show
 from .options import Device, Json, Seed, TextFile
 
 if TYPE_CHECKING:
-    from ..fitting.run import Run
+    from ..fitting.session import Session
     from ..progress import Progress
 
 
@@ -43,8 +43,8 @@ def compare(
 
     chosen, shares = parse_methods(methods), _ratios(ratios)
     with progress_bars() as progress:
-        run = _open(path, fit_text, fit_evaluations, output, device, seed, progress)
-        data = compare_methods(run, text, output, chosen, shares, tokens, seed, progress)
+        session = _open(path, fit_text, fit_evaluations, output, device, seed, progress)
+        data = compare_methods(session, text, output, chosen, shares, tokens, seed, progress)
     show(as_json, data, _title(data), _table(data), f"Page: {output / 'comparison.html'}")
 
 
@@ -52,25 +52,27 @@ def _ratios(text: str) -> list[float]:
     try:
         return list(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
-        raise InputError("ratios", text, "is no list of numbers", "Write 0.2,0.3,0.5, say") from None
+        raise InputError("ratios", text, "is not a list of numbers", "Write 0.2,0.3,0.5, say") from None
 
 
 def _open(
     path: Path, text: Path | None, evaluations: int, output: Path, device: str, seed: int, progress: Progress
-) -> Run:
-    """The run at ``path``, or the one that fits the model at ``path`` and stands beside the comparison."""
-    from ..fitting import fit
+) -> Session:
+    """The run at ``path``, or one fitted to the model at ``path`` that stands beside the comparison; with weights."""
     from ..fitting.run import Run, Settings
     from ..fitting.run.directory import MANIFEST
+    from ..fitting.session import Session
+    from ..fitting.stages import fit
 
     if (path / MANIFEST).exists():
         if text is not None:
             raise InputError("fit-text", text, "makes no sense with a run, which is fitted already", "Drop it")
-        return Run(path, device=device)
+        return Session(Run(path), device)
     if text is None:
-        raise InputError("fit-text", "(none)", f"{path} is no run and must be fitted", "Give --fit-text FILE")
+        raise InputError("fit-text", "(none)", f"{path} is not a run and must be fitted", "Give --fit-text FILE")
     folder = output.with_name(output.name + "-run")
-    return fit(path, text, folder, settings=Settings(evaluations, seed), device=device, progress=progress)
+    run = fit(path, text, folder, settings=Settings(evaluations, seed), device=device, progress=progress)
+    return Session(run, device)
 
 
 def _title(data: dict[str, Any]) -> str:

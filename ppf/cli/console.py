@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -50,6 +51,14 @@ def show(as_json: bool, data: dict[str, Any], *renderables: RenderableType) -> N
     for renderable in renderables:
         # Paths and figures must survive being piped: no markup, no wrapping in the middle of a name.
         console.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+def show_notes(model: Path) -> None:
+    """What was not taken as the files of a checkpoint say, on standard error."""
+    from ..checkpoint import Checkpoint
+
+    for note in Checkpoint(model).notes:
+        errors.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from .console import progress_bars, show
 from .options import Json
 
 if TYPE_CHECKING:
-    from ..fitting.run import Run
+    from ..fitting.session import Session
     from ..progress import Progress
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -49,9 +49,10 @@ def demo(
             _require_new(output)
         progress = stack.enter_context(progress_bars())
         fitting, held_out = _split_text(folder)
-        run = _fit(fitting, folder / "run", evaluations, progress)
-        data = _compare(run, folder, held_out, progress)
-    data |= {"fit_seconds": run.manifest["seconds"], "seconds": time.perf_counter() - start, "evaluations": evaluations}
+        session = _fit(fitting, folder / "run", evaluations, progress)
+        data = _compare(session, folder, held_out, progress)
+    fit_seconds = session.run.manifest["seconds"]
+    data |= {"fit_seconds": fit_seconds, "seconds": time.perf_counter() - start, "evaluations": evaluations}
     show(as_json, data, _table(data), _explanation(data, output))
 
 
@@ -73,15 +74,16 @@ def _split_text(folder: Path) -> tuple[Path, Path]:
     return fitting, held_out
 
 
-def _fit(text: Path, output: Path, evaluations: int, progress: Progress) -> Run:
-    from ..fitting import fit
+def _fit(text: Path, output: Path, evaluations: int, progress: Progress) -> Session:
     from ..fitting.run import Settings
+    from ..fitting.session import Session
+    from ..fitting.stages import fit
 
     settings = Settings(evaluations=evaluations, sequence_length=_SEQUENCE_LENGTH, evaluation_tokens=8192)
-    return fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress)
+    return Session(fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress))
 
 
-def _compare(run: Run, folder: Path, held_out: Path, progress: Progress) -> dict[str, Any]:
+def _compare(session: Session, folder: Path, held_out: Path, progress: Progress) -> dict[str, Any]:
     """Write every result, score each in a process of its own (two at a time), and put the figures side by side."""
     results = {
         (ratio, name): folder / f"{name}-{round(100 * ratio)}" for ratio in _RATIOS for name in ("uniform", "ppf")
@@ -90,7 +92,7 @@ def _compare(run: Run, folder: Path, held_out: Path, progress: Progress) -> dict
         dense = pool.submit(_in_new_process, _MODEL, held_out)
         facts, scores = {}, {}
         for key, output in results.items():
-            facts[key] = _deliver(run, *key, output)
+            facts[key] = _deliver(session, *key, output)
             scores[key] = pool.submit(_in_new_process, output, held_out)
         for done, score in enumerate(as_completed([dense, *scores.values()]), start=1):
             score.result()
@@ -100,14 +102,16 @@ def _compare(run: Run, folder: Path, held_out: Path, progress: Progress) -> dict
     return {"dense": dense.result(), "rows": rows}
 
 
-def _deliver(run: Run, ratio: float, name: str, output: Path) -> dict[str, Any]:
+def _deliver(session: Session, ratio: float, name: str, output: Path) -> dict[str, Any]:
     """Choose one policy, write its checkpoint, and return what is worth telling."""
+    from ..choose.budget import RatioBudget
     from ..choose.candidates.sampling import uniform_policy
     from ..deliver.results import Choice, choose, deliver
 
-    start = time.perf_counter()
-    choice = choose(run, ratio) if name == "ppf" else Choice(uniform_policy(run.grid, ratio), "uniform", ratio)
-    report = deliver(run, choice, output)
+    start, grid = time.perf_counter(), session.run.grid
+    uniform = name == "uniform"
+    choice = Choice(uniform_policy(grid, ratio), name, RatioBudget(grid, ratio)) if uniform else choose(session, ratio)
+    report = deliver(session, choice, output)
     told = ("delivered_ratio", "policy", "parameters", "predicted", "measured")
     return {field: report[field] for field in told} | {"seconds": time.perf_counter() - start}
 

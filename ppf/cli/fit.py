@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import lines, progress_bars, show
+from .console import lines, progress_bars, show, show_notes
 from .info import run_facts
 from .options import Device, Json, Model, Seed, SequenceLength, TextFile
 
@@ -42,8 +42,9 @@ def fit(
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
     from ..deliver.price import portable_prices
-    from ..fitting import fit as fit_run
     from ..fitting.run import Settings
+    from ..fitting.session import Session
+    from ..fitting.stages import fit as fit_run
 
     settings = Settings(
         evaluations, seed, ranking, ffn_multiple, sequence_length, calibration_tokens, evaluation_tokens
@@ -53,9 +54,10 @@ def fit(
     if agent:
         settings = replace(settings, agent=agent)
     settings = replace(settings, portable=portable, early_stop=early_stop)
+    show_notes(model)
     with progress_bars() as progress:
         run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
-        prices = portable_prices(run, progress) if portable else []
+        prices = portable_prices(Session(run, device), progress) if portable else []
     facts = run_facts(run) | ({"portable": prices} if portable else {})
     shown = {"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}
     for price in prices:

@@ -10,7 +10,6 @@ import typer
 
 from ..errors import InputError
 from .console import show
-from .eval import load_for_computing
 from .options import Device, Dtype, Json, Model, Seed
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def generate(
     if max_new_tokens < 1:
         raise InputError("max-new-tokens", max_new_tokens, "asks for nothing", "Use a whole number, at least 1")
     if not 0 <= temperature < math.inf:
-        raise InputError("temperature", temperature, "is no temperature", "Use 0, or a positive number such as 0.8")
+        raise InputError("temperature", temperature, "is not a temperature", "Use 0, or a positive number such as 0.8")
     data = _generate(model, prompt, max_new_tokens, temperature, seed, device, dtype)
     show(as_json, data, data["text"])
 
@@ -45,6 +44,7 @@ def _generate(
 
     from ..checkpoint import load_tokenizer
     from ..fast.runtime.generation import generate as run
+    from ..fitting.perplexity import load_for_computing
 
     tokenizer, loaded = load_tokenizer(model), load_for_computing(model, device, dtype)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(loaded.device)

@@ -78,39 +78,48 @@ def _describe_run(facts: dict[str, Any]) -> str:
 
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
-    from ..checkpoint.checks import REPORT, existing_folder, read_config, stored_tensors
-    from ..checkpoint.headers import read_json
-    from ..model import policy_of
+    from ..checkpoint import Checkpoint
+    from ..checkpoint.headers import REPORT, read_json
+    from ..model.build import policy_of
+    from ..model.geometry import structure_of
     from ..model.structure import Structure
 
-    config = read_config(existing_folder(path))
-    stored = stored_tensors(path, config).values()
+    opened = Checkpoint(path)
+    config, stored = opened.config, [*opened.stored.values(), *opened.passengers.values()]
     report = read_json(path / REPORT) if (path / REPORT).exists() else None
     policy = policy_of(config)
-    structure = Structure(**report["structure"]) if report and "structure" in report else Structure.from_config(config)
+    if report and "structure" in report:
+        structure = Structure.from_dict(report["structure"])
+    else:
+        structure = structure_of(opened.family, config)
     facts = {
         "kind": "checkpoint",
         "path": str(path),
         "architecture": config.model_type,
+        "wrapper": opened.wrapper.model_type if opened.wrapper else None,
+        "notes": list(opened.notes),
         "structure": structure.to_dict(),
         "vocabulary": config.vocab_size,
         "parameters": sum(math.prod(tensor.shape) for tensor in stored),
         "bytes": sum(tensor.bytes for tensor in stored),
         "dtypes": sorted({tensor.dtype for tensor in stored}),
-        "policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)},
+        "policy": policy.to_dict(),
         "report": report,
     }
     return facts, policy_bars(policy, structure)
 
 
 def _describe_checkpoint(facts: dict[str, Any]) -> str:
-    s, report = facts["structure"], facts["report"]
+    structure, report = facts["structure"], facts["report"]
     top = {
-        "architecture": facts["architecture"],
-        "dense structure": f"{s['layers']} layers, hidden {s['hidden']}, {s['kv_groups']} kv-groups of "
-        f"{s['heads_per_group']} heads x {s['head_dim']}, {s['channels']} FFN channels",
+        "architecture": facts["architecture"] + (f" inside {facts['wrapper']}" if facts["wrapper"] else ""),
+        "dense structure": _sizes(structure),
         "parameters": f"{facts['parameters']:,} ({facts['bytes'] / 1e6:,.1f} MB, {', '.join(facts['dtypes'])})",
     }
+    if facts["notes"]:
+        top["notes"] = "; ".join(facts["notes"])
+    if chain := _chain(report):
+        top["made from"] = chain
     if report and "recovery" in report:
         from .recover import summary
 
@@ -120,3 +129,31 @@ def _describe_checkpoint(facts: dict[str, Any]) -> str:
 
         return summary(report, Path(facts["path"])) + "\n" + lines(top)
     return lines({"checkpoint": facts["path"]} | top)
+
+
+def _sizes(structure: dict[str, Any]) -> str:
+    """A structure's sizes in words; of layers that differ, the least and the most that one has."""
+    size = structure["head_dim"]
+    groups, channels, heads = (
+        sorted({value(row) for row in structure[kind]})
+        for kind, value in (
+            ("attention", lambda row: row[0]), ("ffn", lambda row: row[0]), ("attention", lambda row: row[2] // size)
+        )
+    )  # fmt: skip
+    return (
+        f"{len(structure['ffn'])} layers, hidden {structure['hidden']}, {_span(groups)} kv-groups of {_span(heads)} "
+        f"heads x {size}, {_span(channels)} FFN channels"
+    )
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _chain(report: dict[str, Any] | None) -> str:
+    """The models that a result came from, the nearest first."""
+    models = []
+    while isinstance(report, dict) and isinstance(report.get("model"), dict):
+        models.append(str(report["model"].get("path")))
+        report = report.get("source")
+    return ", pruned from ".join(models)

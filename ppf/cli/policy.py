@@ -30,15 +30,15 @@ def policy(
     data = {
         "requested_ratio": ratio,
         "delivered_ratio": found.delivered_ratio,
-        "policy": {"attention": list(found.policy.attention), "ffn": list(found.policy.ffn)},
+        "policy": found.policy.to_dict(),
         "predicted": {"log_perplexity": mean, "perplexity": math.exp(mean), "log_perplexity_std": std},
         "milliseconds": found.milliseconds,
     }
     facts = {"ratio": f"{found.delivered_ratio:.4f} delivered" + (f", {ratio} requested" if ratio is not None else "")}
+    predicted_cost = budget.predicted(found.policy)
+    data["budget"] = budget.to_dict() | {"predicted": predicted_cost}
     if ratio is None:
-        delivered = budget.delivered(found.policy)
-        data["budget"] = budget.to_dict() | {"delivered": delivered}
-        facts["budget"] = f"--{budget.kind} {budget.requested:g} requested, {delivered:,.6g} {budget.costs.unit}"
+        facts["budget"] = f"--{budget.name} {budget.requested:g} requested, {predicted_cost:,.6g} {budget.unit}"
     facts |= {
         "perplexity": predicted(mean, std) + ", predicted on the run's evaluation split",
         "agent's time": f"{found.milliseconds:.1f} ms",

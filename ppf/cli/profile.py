@@ -12,8 +12,12 @@ from .console import lines, progress_bars, show
 from .options import Device, Json
 
 if TYPE_CHECKING:
-    from ..deliver.profiling import Build, Profile
+    from transformers import PreTrainedModel
+
+    from ..choose.budget import Profile
+    from ..deliver.profiling import Build
     from ..model.grid import Grid
+    from ..model.policy import Policy
     from ..progress import Progress
 
 
@@ -31,12 +35,15 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure the latency of every width on this device, for --latency-ms and --tokens-per-second."""
-    from ..deliver.profiling import Workload, check_workload
-    from ..deliver.request import PROFILE, save_profile
+    from ..choose.budget.profile import PROFILE, save_profile
+    from ..deliver.profiling import profile_facts
+    from ..fast.timing import Workload, check_workload
+    from ..fitting.run.directory import MANIFEST
 
-    grid, build, context, facts, is_run = _open(path, ffn_multiple, device)
+    is_run = (path / MANIFEST).exists()
     if output is None and not is_run:
         raise InputError("output", "(none)", "a MODEL has no folder for its profile", "Give --output FILE, or a RUN")
+    grid, context, build = _open(path, is_run, ffn_multiple, device)
     usual = min(2048, context // 2)
     workloads = (
         Workload("prefill", batch, usual if prefill is None else prefill),
@@ -45,6 +52,7 @@ def profile(
     for workload in workloads:
         check_workload(workload, context)
     with progress_bars() as progress:
+        facts = {"path": str(path)} | profile_facts(build(grid.dense()))
         profiles = _measure(grid, build, workloads, progress)
     target = output or path / PROFILE
     save_profile(target, facts, profiles)
@@ -52,30 +60,33 @@ def profile(
     show(as_json, data, lines(_told(data, grid, profiles)))
 
 
-def _open(path: Path, ffn_multiple: int, device: str) -> tuple[Grid, Build, int, dict[str, Any], bool]:
-    """Grid, a builder of models by policy, the context, facts about the device, and whether ``path`` is a run."""
-    import torch
+def _open(path: Path, is_run: bool, ffn_multiple: int, device: str) -> tuple[Grid, int, Build]:
+    """Grid and context of the model, and a builder of models by policy, which reads the weights when first called."""
+    from functools import cache
 
     from .. import checkpoint
-    from ..deliver.profiling import profile_facts
-    from ..fitting.materialise import materialize
+    from ..choose.budget.profile import require_equal_layers
+    from ..families import family_of
+    from ..fast.permute import identity
+    from ..fitting.materialize import materialize
     from ..fitting.run import Run
-    from ..fitting.run.directory import MANIFEST
+    from ..model.geometry import structure_of
     from ..model.grid import Grid
-    from ..model.weights import DecoderWeights, LayerRanking
 
-    is_run = (path / MANIFEST).exists()
-    target = checkpoint.resolve_device(device)
-    run = Run(path, device=str(target)) if is_run else None
-    dense = run.dense if run else checkpoint.load_dense(path, device=str(target))
-    weights = DecoderWeights.from_model(dense)
-    grid = run.grid if run else Grid(weights.structure, ffn_multiple)
-    s = weights.structure
-    # Which units stay makes no difference to the time they take.
-    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
-    context = dense.config.max_position_embeddings
-    facts = {"path": str(path)} | profile_facts(target, dense.dtype)
-    return grid, lambda policy: materialize(dense.config, weights, order, grid, policy), context, facts, is_run
+    target = str(checkpoint.resolve_device(device))
+    run = Run(path) if is_run else None
+    model = run.model_path if run else path
+    config = checkpoint.check_checkpoint(model)
+    grid = run.grid if run else Grid(structure_of(family_of(config.model_type), config), ffn_multiple)
+    require_equal_layers(grid.structure, "model", model)
+    anything = Grid(grid.structure, grid.ffn_multiple)  # a portable grid has no policies with less attention
+    decoder = cache(lambda: checkpoint.load_decoder(model, target))
+
+    def build(policy: Policy) -> PreTrainedModel:
+        # Which units stay makes no difference to the time they take.
+        return materialize(decoder(), identity(decoder()), anything, policy)
+
+    return grid, config.max_position_embeddings, build
 
 
 def _measure(grid: Grid, build: Build, workloads: tuple, progress: Progress) -> list[Profile]:

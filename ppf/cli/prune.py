@@ -12,12 +12,17 @@ from .bars import policy_bars
 from .console import lines, progress_bars, show
 from .options import Context, Device, Flops, Force, Json, LatencyMs, MemoryGb, Ratio, RunFolder, TokensPerSecond
 from .policy import predicted
+from .protocols import protocol_line
 
 if TYPE_CHECKING:
     from ..deliver.request import Request
     from ..deliver.results import Choice
-    from ..fitting.run import Run
+    from ..fitting.session import Session
     from ..progress import Progress
+
+
+# A prediction is shown beside what was delivered if they are further apart.
+_WORTH_TELLING = 1e-3
 
 
 def prune(
@@ -42,18 +47,19 @@ def prune(
     from ..deliver.request import Request
     from ..deliver.results import check_destination, deliver
     from ..fitting.run import Run
+    from ..fitting.session import Session
 
-    opened = Run(run, device=device)
-    check_destination(opened, output, force)
+    session = Session(Run(run), device)
+    check_destination(session.run, output, force)
     with progress_bars() as progress:
         request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
-        choice = _choose(opened, request, search, policy, portable, progress)
-        report = deliver(opened, choice, output, force, progress)
+        choice = _choose(session, request, search, policy, portable, progress)
+        report = deliver(session, choice, output, force, progress)
     data, text = {"output": str(output)} | report, summary(report, output)
-    if portable or opened.settings.portable:
+    if portable or session.run.settings.portable:
         data["routes"] = _routes(output)
         text += "\n" + lines({f"export to {to}": problem or "yes" for to, problem in data["routes"].items()})
-    show(as_json, data, text, policy_bars(choice.policy, opened.structure))
+    show(as_json, data, text, policy_bars(choice.policy, session.run.structure))
 
 
 def _routes(output: Path) -> dict[str, str | None]:
@@ -64,7 +70,7 @@ def _routes(output: Path) -> dict[str, str | None]:
 
 
 def _choose(
-    run: Run, request: Request, search: int | None, policy: Path | None, portable: bool, progress: Progress
+    session: Session, request: Request, search: int | None, policy: Path | None, portable: bool, progress: Progress
 ) -> Choice:
     from ..deliver.portable import choose_portable
     from ..deliver.results import Choice, choose_for, read_policy
@@ -74,23 +80,22 @@ def _choose(
             if value is not None:
                 raise InputError(name, value, "makes no sense with --policy, which decides everything", "Drop one")
         return Choice(read_policy(policy), "given")
-    budget = request.budget(run)
-    if not portable or run.settings.portable:
-        return choose_for(run, budget, search, progress)
-    for name, value in (("search", search), (budget.kind, None if budget.kind == "ratio" else budget.requested)):
+    budget = request.budget(session.run)
+    if not portable or session.run.settings.portable:
+        return choose_for(session, budget, search, progress)
+    other = None if budget.requested_ratio is not None else budget.requested
+    for name, value in (("search", search), (budget.name, other)):
         if value is not None:
             remedy = "Fit the model with --portable and prune that run, or give --ratio alone"
             raise InputError(name, value, "is not possible with --portable in a run that is not", remedy)
-    return choose_portable(run, budget.requested)
+    return choose_portable(session, budget.requested)
 
 
 def budget_line(budget: dict) -> str:
-    """A result's budget: requested, predicted, measured, with a warning if these are apart."""
-    measured = budget["measured"]
-    text = f"--{budget['kind']} {budget['requested']:g} requested, {budget['predicted']:,.6g} predicted"
-    if measured is None:
-        return text
-    text += f", {measured:,.6g} measured"
+    """A result's budget: requested, predicted, delivered, with a warning if these are apart."""
+    text = f"--{budget['kind']} {budget['requested']:g} requested, {budget['delivered']:,.6g} delivered"
+    if abs(budget["off"] or 0) > _WORTH_TELLING:
+        text += f" ({budget['predicted']:,.6g} predicted)"
     if not budget["within_tolerance"]:
         text += f": {budget['off']:+.1%} off the prediction; profile again, on a quiet machine"
     return text
@@ -99,23 +104,21 @@ def budget_line(budget: dict) -> str:
 def summary(report: dict, output: Path) -> str:
     """What a result's ``ppf.json`` says, for people."""
     measured, parameters, guess = report["measured"], report["parameters"], report["predicted"]
-    requested = report["requested_ratio"]
+    requested, spent = report["requested_ratio"], report["search_evaluations"]
     protocol = measured["protocol"]
     facts = {
         "checkpoint": output,
-        "policy from": report["source"]
-        + (f" ({report['search_evaluations']} evaluations)" * (report["source"] == "search")),
+        "policy from": report["policy_from"] + (f" ({spent} evaluations)" if spent else ""),
         "ratio": f"{report['delivered_ratio']:.4f} delivered" + (f", {requested} requested" * (requested is not None)),
         "parameters": f"{parameters['pruned']:,} of {parameters['dense']:,}, embeddings included",
         "perplexity": f"{measured['perplexity']:.2f} measured, {measured['dtype']} on {measured['device']}",
         "predicted": predicted(guess["log_perplexity"], guess["log_perplexity_std"]),
         "dense": f"{report['dense']['perplexity']:.2f}" if report["dense"] else "not measured",
-        "measured on": f"{Path(protocol['text']).name}, {protocol['part']}, {protocol['tokens']:,} tokens in sequences "
-        f"of {protocol['sequence_length']}",
+        "measured on": protocol_line(protocol),
     }
     if cost := report.get("portable"):
         free = cost["unrestricted"]["perplexity"]
         facts["portable costs"] = f"{cost['cost']:+.1%} perplexity ({cost['perplexity']:.2f}, else {free:.2f})"
-    if report.get("budget"):
+    if report.get("budget") and requested is None:
         facts["budget"] = budget_line(report["budget"])
     return lines(facts)

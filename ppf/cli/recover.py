@@ -9,6 +9,7 @@ import typer
 
 from .console import lines, progress_bars, show
 from .options import Device, Force, Json, Model, Seed, SequenceLength, TextFile
+from .protocols import protocol_line
 
 
 def recover(
@@ -59,7 +60,6 @@ def summary(report: dict[str, Any], output: Path) -> str:
         "teacher": f"{recovery['teacher']}, {share:.0%} of the loss" if recovery["teacher"] else "none",
         "perplexity": f"{recovery['before']['perplexity']:.2f} before, {measured['perplexity']:.2f} after"
         + (f", dense {dense['perplexity']:.2f}" if dense else ""),
-        "measured on": f"{Path(protocol['text']).name}, {protocol['part']}, {protocol['tokens']:,} tokens in sequences "
-        f"of {protocol['sequence_length']}, {measured['dtype']} on {measured['device']}",
+        "measured on": f"{protocol_line(protocol)}, {measured['dtype']} on {measured['device']}",
     }
     return lines(facts)

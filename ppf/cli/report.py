@@ -26,12 +26,13 @@ def report(
 ) -> None:
     """Measure policies the run has not seen, and score its predictor on them within each ratio. Resumes when killed."""
     from ..fitting.run import Run
+    from ..fitting.session import Session
     from ..lab.report import report as report_card
 
-    opened = Run(run, device=device)
+    session = Session(Run(run), device)
     kinds = tuple(kind for kind in compare.split(",") if kind)
     with progress_bars() as progress:
-        data = report_card(opened, output, held_out, kinds, progress)
+        data = report_card(session, output, held_out, kinds, progress)
     speed = data["latency"]
     facts = {
         "one policy": f"{speed['milliseconds']:.2f} ms, a true evaluation {speed['evaluation_milliseconds']:,.1f} ms",

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choose.budget.projection import check_ratio, projector_of
+from ..choose.budget import RatioBudget
+from ..choose.budget.projection import projector_of
 from ..choose.candidates.breeding import breed, cautious
 from ..choose.candidates.sampling import random_levels
 from ..errors import InputError
 from ..fitting.evaluation.measurement import measure_many
 from ..fitting.run import Run
 from ..fitting.search import SEARCH_ROUND
+from ..fitting.session import Session
 from ..model.grid import Grid, portable_multiple
 from ..model.policy import Policy
 from .results import Choice
@@ -35,24 +37,26 @@ def portable_grid(run: Run) -> Grid:
     return Grid(run.structure, step, portable=True)
 
 
-def choose_portable(run: Run, ratio: float) -> Choice:
+def choose_portable(session: Session, ratio: float) -> Choice:
     """A portable policy of ``ratio``, and what it costs beside the agent's own.
 
     Bred on the predictor among portable policies only; the most promising are measured truly, and so is the agent's
     policy of the size that the best one has. Their figures are the choice's ``portable``. Raises ``InputError`` for a
     ratio beyond what portable policies can give.
     """
+    run = session.run
     grid = portable_grid(run)
-    check_ratio(ratio, grid)
+    budget = RatioBudget(grid, ratio)
     candidates = grid.decode(_bred(run, grid, ratio)[:_MEASURED])
-    measured = dict(zip(candidates, _measure(run, candidates), strict=True))
+    measured = dict(zip(candidates, _measure(session, candidates), strict=True))
     best = min(candidates, key=measured.__getitem__)
     free = run.policy(run.grid.ratio(best)).policy  # widths go in steps: compare at the size it got, not the one asked
-    return Choice(best, "portable", ratio, portable=_cost(run, measured[best], _measure(run, [free])[0], free))
+    cost = _cost(run, measured[best], _measure(session, [free])[0], free)
+    return Choice(best, "portable", budget, portable=cost)
 
 
-def _measure(run: Run, policies: list[Policy]) -> list[float]:
-    return measure_many(run.evaluator(), run.experience, policies, SEARCH_ROUND, "search")
+def _measure(session: Session, policies: list[Policy]) -> list[float]:
+    return measure_many(session.evaluator(), session.run.experience, policies, SEARCH_ROUND, "search")
 
 
 def _cost(run: Run, portable: float, free: float, policy: Policy) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def _cost(run: Run, portable: float, free: float, policy: Policy) -> dict[str, A
         "unrestricted": {
             "perplexity": math.exp(free),
             "delivered_ratio": run.grid.ratio(policy),
-            "policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)},
+            "policy": policy.to_dict(),
         },
         "cost": math.exp(portable - free) - 1,
     }
@@ -73,7 +77,7 @@ def _bred(run: Run, grid: Grid, ratio: float) -> Tensor:
     free = run.policy(ratio).policy
     generator = torch.Generator().manual_seed(run.settings.seed)
     near = sorted(run.experience.rows(), key=lambda row: row.log_perplexity + 100 * abs(row.ratio - ratio))
-    known = run.grid.encode([free, *(row.policy for row in near[:_KNOWN])]) / torch.tensor(run.grid.maximum)
+    known = run.grid.encode([free, *(row.policy for row in near[:_KNOWN])]) / torch.tensor(run.grid.top)
     moved = projector_of(grid, known.device).nearest(known, torch.full((len(known),), ratio))
     start = torch.cat((moved, random_levels(grid, torch.full((_RANDOM,), ratio), generator)))
     opinion = cautious(run.predictor, _CAUTION)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..choose.candidates.sampling import mutate, random_levels
 from ..files import write_json
 from ..fitting.evaluation import Evaluator
-from ..fitting.run import Run, Settings
+from ..fitting.run import Settings
+from ..fitting.session import Session
 from ..model.grid import Grid
 from ..progress import Progress, silent
 
@@ -27,37 +28,39 @@ _SHARE = 0.1  # of the fit's evaluations, for each ratio
 _PARENTS, _RANDOM = 4, 4
 
 
-def portable_prices(run: Run, progress: Progress = silent) -> list[dict[str, Any]]:
+def portable_prices(session: Session, progress: Progress = silent) -> list[dict[str, Any]]:
     """Ratio, perplexity of the portable answer, the best found without the restriction, and ``cost``, their quotient
     less one, for each of a few ratios. Kept in the run, and measured once.
 
     Perplexities are by masked evaluation on the run's evaluation text.
     """
+    run = session.run
     file = run.path / PRICES
     if not file.exists():
         ratios = [ratio for ratio in _RATIOS if ratio < run.grid.maximum_ratio]
         count = max(2 * _PARENTS, round(_SHARE * run.settings.evaluations))
-        free = _free(run)
+        free = _free(session)
         prices = []
         for index, ratio in enumerate(ratios):
-            prices.append(_price(run, free, ratio, count))
+            prices.append(_price(session, free, ratio, count))
             progress("price", index + 1, len(ratios))
         write_json(file, {"prices": prices})
     return json.loads(file.read_text(encoding="utf-8"))["prices"]
 
 
-def _free(run: Run) -> Evaluator:
-    """The run's evaluator on an unrestricted grid: its library serves any width."""
-    other = copy.copy(run)
-    other.grid = Grid(run.structure, math.gcd(run.grid.ffn_multiple, Settings().ffn_multiple))
+def _free(session: Session) -> Evaluator:
+    """The session's evaluator on an unrestricted grid: its library's factors serve any width."""
+    run, other = copy.copy(session.run), copy.copy(session)
+    run.grid = Grid(run.structure, math.gcd(run.grid.ffn_multiple, Settings().ffn_multiple))
+    other.run = run
     other.__dict__.pop("library", None)  # of the run's own widths
     return other.evaluator()
 
 
-def _price(run: Run, free: Evaluator, ratio: float, count: int) -> dict[str, Any]:
-    answer = run.policy(ratio)
+def _price(session: Session, free: Evaluator, ratio: float, count: int) -> dict[str, Any]:
+    answer, seed = session.run.policy(ratio), session.run.settings.seed
     portable = free.log_perplexities([answer.policy])[0]
-    found = min(portable, _evolve(free, free.grid.encode([answer.policy]), answer.delivered_ratio, count, run))
+    found = min(portable, _evolve(free, free.grid.encode([answer.policy]), answer.delivered_ratio, count, seed))
     return {
         "ratio": answer.delivered_ratio,
         "perplexity": math.exp(portable),
@@ -67,9 +70,9 @@ def _price(run: Run, free: Evaluator, ratio: float, count: int) -> dict[str, Any
     }
 
 
-def _evolve(free: Evaluator, start: Tensor, ratio: float, count: int, run: Run) -> float:
+def _evolve(free: Evaluator, start: Tensor, ratio: float, count: int, seed: int) -> float:
     """The lowest log-perplexity of ``count`` policies bred from ``start`` int64 [1, S] and a few random ones."""
-    generator = torch.Generator().manual_seed(run.settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     pool = torch.cat((random_levels(free.grid, torch.full((_RANDOM,), ratio), generator), start))
     values, spent = _measured(free, pool), _RANDOM
     while spent < count:

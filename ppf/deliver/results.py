@@ -11,88 +11,97 @@ from typing import Any
 
 from .. import checkpoint
 from .._version import versions
-from ..choose.budget import Budget
-from ..choose.budget.projection import check_ratio
+from ..checkpoint.checks import REPORT
+from ..checkpoint.headers import read_json
+from ..choose.budget import Budget, RatioBudget
 from ..errors import InputError
 from ..files import check_output
 from ..fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ..fitting.experience import Experience
 from ..fitting.run import Protocol, Run
 from ..fitting.search import Search
+from ..fitting.session import Session
 from ..model.policy import Policy
 from ..progress import Progress, silent
-from .request import answer, verified
+from .request import answer
 
 
 @dataclass(frozen=True)
 class Choice:
     """A policy and where it comes from: "agent", "search", "portable", "given" by the user, or "uniform".
 
-    ``requested_ratio`` is None unless a ratio was asked for; ``evaluations`` is what a search spent, else 0;
-    ``portable`` is what a portable policy costs; ``budget`` is what was asked for in another unit than a ratio.
+    ``budget`` is what was asked for, None for a policy given; ``evaluations`` is what a search spent, else 0;
+    ``portable`` is what a portable policy costs.
     """
 
     policy: Policy
-    source: str
-    requested_ratio: float | None = None
+    origin: str
+    budget: Budget | None = None
     evaluations: int = 0
     portable: dict[str, Any] | None = None
-    budget: Budget | None = None
 
 
 def choose(
-    run: Run,
+    session: Session,
     ratio: float,
     search: int | None = None,
     progress: Progress = silent,
     experience: Experience | None = None,
 ) -> Choice:
-    """The agent's policy for ``ratio``, or the best one that ``search`` true evaluations find.
+    """The agent's policy for ``ratio``, or the best one that ``search`` true evaluations find; see :func:`choose_for`.
 
     The search learns from ``experience`` and adds to it: the run's own, unless another store is given. Raises
     ``InputError`` for an impossible ratio, an unfinished run, or fewer than one evaluation.
     """
-    answer = run.policy(ratio)
+    return choose_for(session, RatioBudget(session.run.grid, ratio), search, progress, experience)
+
+
+def choose_for(
+    session: Session,
+    budget: Budget,
+    search: int | None = None,
+    progress: Progress = silent,
+    experience: Experience | None = None,
+) -> Choice:
+    """As :func:`choose`, for a budget in any unit. A search needs one that comes to a ratio."""
+    run = session.run
+    agents = answer(run, budget).policy
     if search is None:
-        return Choice(answer.policy, "agent", ratio)
+        return Choice(agents, "agent", budget)
     if search < 1:
         raise InputError("search", search, "finds nothing without evaluations", "Use a whole number, at least 1")
+    if budget.comes_to is None:
+        remedy = "Leave out --search, or ask with --ratio or --memory-gb"
+        raise InputError("search", search, f"is not possible for --{budget.name} yet", remedy)
     # The search refits its predictor, and breeds where it evaluates; the run keeps the predictor whose prediction is
     # reported, on the CPU, where one answer is fastest.
-    predictor, agent = (copy.deepcopy(module).to(run.device) for module in (run.predictor, run.agent))
-    searcher = Search(run.evaluator(), experience or run.experience, predictor, agent, ratio, run.settings.seed)
+    predictor, agent = (copy.deepcopy(module).to(session.device) for module in (run.predictor, run.agent))
+    store = run.experience if experience is None else experience
+    searcher = Search(session.evaluator(), store, predictor, agent, budget.comes_to, run.settings.seed)
     policy, _ = searcher.run(search, progress)
-    return Choice(policy, "search", ratio, search)
-
-
-def choose_for(run: Run, budget: Budget, search: int | None = None, progress: Progress = silent) -> Choice:
-    """As :func:`choose`, for a budget in any unit. A search needs one that is a ratio, or comes to one: memory."""
-    if budget.kind == "ratio":
-        return choose(run, budget.requested, search, progress)
-    if search is None:
-        return Choice(answer(run, budget).policy, "agent", budget=budget)
-    if budget.kind != "memory-gb":
-        remedy = "Leave out --search, or ask with --ratio or --memory-gb"
-        raise InputError("search", search, f"is not possible for --{budget.kind} yet", remedy)
-    found = choose(run, 1 - budget.kept, search, progress)
-    return replace(found, requested_ratio=None, budget=budget)
+    choice = Choice(policy, "search", budget, search)
+    # A ratio is met from either side, and what a limit comes to as a ratio is, too.
+    return choice if budget.cost(policy) <= budget.limit else replace(choice, policy=agents, origin="agent")
 
 
 def read_policy(path: str | Path) -> Policy:
-    """A policy from a JSON file: ``{"attention": [...], "ffn": [...]}``, alone or under "policy" as in ``ppf.json``.
+    """A policy from a JSON file, as :meth:`Policy.to_dict` writes it, alone or under "policy" as in ``ppf.json``.
 
     Raises ``InputError`` for anything else.
     """
-    remedy = 'Write {"attention": [kv-groups of each layer], "ffn": [channels of each layer]}'
+    remedy = "Give a JSON file with a policy, or a ppf.json"
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(data, dict) and "policy" in data:
-            data = data["policy"]
-        return Policy.from_json(json.dumps(data))
     except OSError as error:
         raise InputError("policy", path, f"cannot be read ({error.strerror})", remedy) from None
     except (ValueError, RecursionError) as error:
-        raise InputError("policy", path, f"is not a policy ({error})", remedy) from None
+        raise InputError("policy", path, f"is not JSON ({error})", remedy) from None
+    if isinstance(data, dict) and "policy" in data:
+        data = data["policy"]
+    try:
+        return Policy.from_dict(data)
+    except InputError as error:
+        raise InputError(error.field, error.value, f"{error.problem} (in {path})", error.remedy) from None
 
 
 def check_destination(run: Run, output: str | Path, force: bool) -> None:
@@ -104,44 +113,54 @@ def check_destination(run: Run, output: str | Path, force: bool) -> None:
     check_output(output, force)
 
 
-def deliver(run: Run, choice: Choice, output: str | Path, force: bool = False, progress: Progress = silent) -> dict:
+def deliver(
+    session: Session, choice: Choice, output: str | Path, force: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
     """Materialise ``choice``, score the model itself on the run's evaluation split, write ``output``.
 
     Returns the report that ``ppf.json`` holds. Raises ``InputError`` for a policy off the grid and for an ``output``
     that may not be written, both before any work.
     """
+    run = session.run
     run.grid.check(choice.policy)
     check_destination(run, output, force)
-    tokenizer = checkpoint.load_tokenizer(run.model_path)
-    model, sequences = run.materialize(choice.policy), run.sequences()
+    source, tokenizer = checkpoint.Checkpoint(run.model_path), checkpoint.load_tokenizer(run.model_path)
+    model, sequences = session.materialize(choice.policy), run.sequences()
     scored = in_compute_dtype(model)
     measured = model_log_perplexity(scored, sequences, progress)
-    facts = {"dtype": _name(scored.dtype), "device": str(run.device)}
+    facts = {"dtype": str(scored.dtype).removeprefix("torch."), "device": str(session.device)}
     report = _report(run, choice) | {
-        "parameters": {"dense": run.dense.num_parameters(), "pruned": model.num_parameters()},
-        "budget": verified(run, choice.budget, choice.policy, model) if choice.budget else None,
+        "parameters": {"dense": _count(session.decoder.state().values()), "pruned": model.num_parameters()},
+        "budget": choice.budget.report(choice.policy, model) if choice.budget else None,
         "measured": _both(measured) | facts | {"protocol": Protocol.of_run(run, sequences).to_dict()},
     }
     if choice.portable is not None:
         report["portable"] = choice.portable
-    checkpoint.save(model, tokenizer, output, report, force)
+    checkpoint.save(model, tokenizer, output, report, force, source)
     return report
+
+
+def source_report(model: Path) -> dict[str, Any] | None:
+    """What the ``ppf.json`` of a model says that was itself made by PPF, its own source included; None for others."""
+    if not (model / REPORT).exists():
+        return None
+    # Its list of files is about that folder; the fingerprint under "model" says what its weights were.
+    return {name: value for name, value in read_json(model / REPORT).items() if name != "files"}
 
 
 def _report(run: Run, choice: Choice) -> dict[str, Any]:
     """What is known about a choice before it is materialised."""
     prediction, dense = run.predict(choice.policy), run.experience.lookup(run.grid.dense())
-    if choice.requested_ratio is not None:
-        check_ratio(choice.requested_ratio, run.grid)
     return {
-        "source": choice.source,
-        "requested_ratio": choice.requested_ratio,
+        "policy_from": choice.origin,
+        "requested_ratio": choice.budget.requested_ratio if choice.budget else None,
         "delivered_ratio": run.grid.ratio(choice.policy),
-        "policy": {"attention": list(choice.policy.attention), "ffn": list(choice.policy.ffn)},
+        "policy": choice.policy.to_dict(),
         "search_evaluations": choice.evaluations,
         "predicted": _both(float(prediction.mean)) | {"log_perplexity_std": float(prediction.std)},
         "dense": None if dense is None else _both(dense),
         "model": {"path": str(run.model_path), "fingerprint": run.manifest["fingerprint"]},
+        "source": source_report(run.model_path),
         "structure": run.structure.to_dict(),
         "settings": run.settings.to_dict(),
         "texts": run.manifest["texts"] | {"names": run.manifest["files"]},
@@ -154,5 +173,5 @@ def _both(log_perplexity: float) -> dict[str, float]:
     return {"log_perplexity": log_perplexity, "perplexity": math.exp(log_perplexity)}
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+def _count(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)

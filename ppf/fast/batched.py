@@ -6,20 +6,26 @@ policies. The first layers that all of a chunk's policies keep whole come from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..fitting.library import Library
+from ..families.traits import activation, unserved
+from ..model.decoder import Decoder
 from ..model.grid import Grid
-from ..model.structure import Structure
-from ..model.weights import DecoderWeights, LayerWeights
+from ..text import batches
+from .members import Outputs, PreparedLayer, norm_weight, prepared, told
 from .ops import dispatch
-from .ops.members import interleave, interleave_heads
+from .ops.members import ACTIVATIONS
 from .plan import executed, order, shared
+
+SERVES = frozenset({
+    "activation", "head norm", "length-dependent rotation", "one-plus norm", "sandwich norms", "scaled embedding",
+    "score scale", "several rotations", "unrotated layers", "window",
+})  # fmt: skip
+"""The traits that this path computes; biases it computes too."""
 
 # Tokens of all members of a chunk: work for a GPU to be busy for some milliseconds, in about 1.5 GB.
 CHUNK_TOKENS = 1 << 19
@@ -29,25 +35,44 @@ _DENSE_BYTES = 2 << 30
 _SHARED_BYTES = 200 * 1024
 
 
-def applies(weights: DecoderWeights) -> bool:
-    """True for what the kernels are made for: 16-bit weights, powers of two, a GPU with enough shared memory."""
-    s = weights.structure
-    if weights.device.type != "cuda" or not dispatch.kernels_apply(weights.embedding):
-        return False
-    memory = torch.cuda.get_device_properties(weights.device).shared_memory_per_block_optin
-    return s.hidden in (64, 128, 256) and s.head_dim in (16, 32, 64, 128) and memory >= _SHARED_BYTES
+def applies(decoder: Decoder) -> bool:
+    """True for what the kernels are made for; see :func:`unserved_by`."""
+    return unserved_by(decoder) is None
 
 
-@dataclass(frozen=True)
-class PreparedLayer:
-    """One layer's weights as ``ppf.fast.ops.members`` takes them."""
+def unserved_by(decoder: Decoder) -> str | None:
+    """Why this path cannot run the model, as the end of a sentence; None if it can."""
+    reasons = _foreign_arithmetic(decoder), _foreign_sizes(decoder), _foreign_device(decoder)
+    return next((reason for reason in reasons if reason), None)
 
-    attention_norm: Tensor
-    qkv: Tensor  # [G·(g+2)·d, hidden]
-    o: Tensor  # [levels, hidden, G·g·d]
-    ffn_norm: Tensor
-    gate_up: Tensor  # [2C, hidden]
-    down: Tensor  # [levels, hidden, C]
+
+def _foreign_arithmetic(decoder: Decoder) -> str | None:
+    if reason := unserved(decoder.traits, SERVES):
+        return reason
+    if (name := activation(decoder.config)) not in ACTIVATIONS:
+        return f"its activation is {name}, not one of {', '.join(ACTIVATIONS)}"
+    if set(decoder.family.attention.head_norms) not in (set(), {"query", "key"}):
+        return "it normalises other heads than those of queries and keys"
+    # Masks are read to find windows, and the other ways of computing attention are not given any.
+    if decoder.frame.attention not in ("sdpa", "eager"):
+        return f"its attention is computed by {decoder.frame.attention}, whose windows show in no mask"
+    return None
+
+
+def _foreign_sizes(decoder: Decoder) -> str | None:
+    s = decoder.structure
+    if s.hidden not in (64, 128, 256) or s.head_dim not in (16, 32, 64, 128):
+        return f"its hidden size is {s.hidden} and its head size {s.head_dim}, not powers of two up to 256 and 128"
+    if any(sublayer.step != 1 for sublayer in s.attention):
+        return "its kv-groups do not go one by one"
+    return None
+
+
+def _foreign_device(decoder: Decoder) -> str | None:
+    if decoder.device.type != "cuda" or not dispatch.kernels_apply(decoder.frame.head):
+        return "it is not on a GPU in 16 bits, with Triton"
+    memory = torch.cuda.get_device_properties(decoder.device).shared_memory_per_block_optin
+    return f"the GPU has {memory // 1024} KB of shared memory a program" if memory < _SHARED_BYTES else None
 
 
 @dataclass(frozen=True)
@@ -61,88 +86,74 @@ class _Tables:
 class Batched:
     """Evaluates levels in execution order (attention 0, FFN 0, attention 1, …) on int64 ``sequences`` [N, T]."""
 
-    def __init__(self, weights: DecoderWeights, grid: Grid, layers: Sequence[PreparedLayer], sequences: Tensor):
-        self.weights, self.grid, self.layers = weights, grid, layers
-        self.length, self.tokens, self.parts = sequences.shape[1], sequences.numel(), [sequences]
+    def __init__(self, decoder: Decoder, grid: Grid, layers: Sequence[PreparedLayer], sequences: Tensor):
+        self.decoder, self.grid, self.layers = decoder, grid, layers
+        self.length = sequences.shape[1]
         self.targets = sequences.roll(-1, dims=1).flatten()
-        single = torch.empty(0, device=weights.device)
-        cos, sin = weights.rotary(single, torch.arange(self.length, device=weights.device)[None])
-        self.cos, self.sin = (t[0, :, : grid.structure.head_dim // 2].contiguous() for t in (cos, sin))
-        self._dense = [F.embedding(sequences.flatten(), weights.embedding)[None]]  # [1, N, hidden] before every layer
+        self.told = told(decoder, self.length)
+        self._epsilon, self._activation = decoder.config.rms_norm_eps, activation(decoder.config)
+        self._norm = norm_weight(decoder, decoder.frame.norm.weight.detach())
+        begun = torch.cat([decoder.frame.begin(part) for part in batches(sequences, decoder.device)])
+        self._dense = [begun.flatten(0, 1)[None]]  # [1, N·T, hidden] before every layer
         self._dense_levels = executed(grid.maximum)
         self._deepest = min(grid.structure.layers, _DENSE_BYTES // self._dense[0].nbytes)
-        self.members = max(1, min(_MEMBERS, CHUNK_TOKENS // self.tokens))
+        self.members = max(1, min(_MEMBERS, CHUNK_TOKENS // sequences.numel()))
 
     @torch.no_grad()
     def losses(self, levels: Sequence[Sequence[int]]) -> Tensor:
         """Summed negative log-likelihood of every policy, fp64 [P] in nats."""
-        w, device = self.weights, self.weights.device
+        head, device = self.decoder.frame.head, self.decoder.device
         total = torch.empty(len(levels), dtype=torch.float64, device=device)
         for chunk, members, x in self._chunks(levels):
-            sums = torch.ops.ppf.members_losses(x, w.norm, w.head, self.targets, self.length, w.epsilon)
+            sums = torch.ops.ppf.members_losses(x, self._norm, head, self.targets, self.length, self._epsilon)
             total[_to_device(chunk, torch.int64, device)] = sums[_to_device(members, torch.int64, device)]
         return total
 
-    @torch.no_grad()
-    def visit(self, levels: Sequence[Sequence[int]], use: Callable[[int, int, Tensor], None]) -> None:
-        """Call ``use(index, 0, hidden)`` for every policy, with the final hidden states [B, T, hidden] of the text
-        before the last norm."""
-        for chunk, members, x in self._chunks(levels):
-            for index, member in zip(chunk, members, strict=True):
-                use(index, 0, x[member].view(-1, self.length, x.shape[2]))
-
     def _chunks(self, levels: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], Tensor]]:
-        """Indices of some policies, the member each one ends as, and the members' activations [D, N, hidden]."""
+        """Indices of some policies, the member each one ends as, and the members' activations [D, N·T, hidden]."""
         ordered = order(levels)
         for start in range(0, len(ordered), self.members):
             chunk = ordered[start : start + self.members]
             rows = [levels[index] for index in chunk]
             first = min(min(shared(self._dense_levels, row) for row in rows) // 2, self._deepest)
-            tables, members = _tables(rows, first, self.weights.device)
+            tables, members = _tables(rows, first, self.decoder.device)
             x = self._dense_state(first)
-            for layer, table in zip(self.layers[first:], tables, strict=True):
-                x = self._layer(layer, x, table)
+            for index, table in enumerate(tables, first):
+                x = self._layer(index, x, table)
             yield chunk, members, x
 
-    def _layer(self, layer: PreparedLayer, x: Tensor, tables: _Tables) -> Tensor:
-        s, epsilon = self.grid.structure, self.weights.epsilon
-        rows = s.group_rows + 2 * s.head_dim
-        qkv = torch.ops.ppf.members_project(
-            x, layer.attention_norm, layer.qkv, self.cos, self.sin, tables.widest, self.length, rows, epsilon
-        )
-        inner = torch.ops.ppf.members_attention(qkv, tables.widest, self.length, s.heads_per_group, s.head_dim)
+    def _layer(self, index: int, x: Tensor, tables: _Tables) -> Tensor:
+        """The members' activations after layer ``index``."""
+        a, f = self.layers[index].attention, self.layers[index].ffn
+        columns = self.grid.structure.attention[index].columns
+        inner = self._inner(index, x, tables.widest) if len(a.qkv) else x.new_empty(*x.shape[:2], 0)
         return torch.ops.ppf.members_mix(
-            x, inner, layer.o, layer.ffn_norm, layer.gate_up, layer.down, *tables.after, s.group_rows,
-            self.grid.ffn_multiple, epsilon,
+            x, inner, a.o, a.o_bias, a.after, f.norm, f.gate_up, f.bias, f.down, f.down_bias, f.after, *tables.after,
+            columns, self.grid.ffn_multiple, self._epsilon, self._activation,
         )  # fmt: skip
 
+    def _inner(self, index: int, x: Tensor, widest: Tensor) -> Tensor:
+        """The input of the layer's o, [D, N·T, G·g·d]."""
+        w, t, d = self.layers[index].attention, self.told[index], self.grid.structure.head_dim
+        columns = self.grid.structure.attention[index].columns
+        qkv = torch.ops.ppf.members_project(
+            x, w.norm, w.qkv, w.bias, w.head_norm, t.cos, t.sin, widest, self.length, columns + 2 * d, self._epsilon
+        )
+        return torch.ops.ppf.members_attention(qkv, widest, self.length, columns // d, d, t.scale, t.window)
+
     def _dense_state(self, depth: int) -> Tensor:
-        """The dense model's activations [1, N, hidden] before layer ``depth``."""
+        """The dense model's activations [1, N·T, hidden] before layer ``depth``."""
         while len(self._dense) <= depth:
             at = len(self._dense) - 1
-            table = _tables([self._dense_levels], at, self.weights.device)[0][0]
-            self._dense.append(self._layer(self.layers[at], self._dense[at], table))
+            table = _tables([self._dense_levels], at, self.decoder.device)[0][0]
+            self._dense.append(self._layer(at, self._dense[at], table))
         return self._dense[depth]
 
 
-def prepare(weights: DecoderWeights, grid: Grid, library: Library | None) -> list[PreparedLayer]:
-    """The layers of ``weights`` (in ranking order) with the o and down of every level."""
-    return [_prepare(w, grid, library, index) for index, w in enumerate(weights.layers)]
-
-
-def _prepare(w: LayerWeights, grid: Grid, library: Library | None, index: int) -> PreparedLayer:
-    s = grid.structure
-    if library is None:
-        o, down = w.o[None].expand(s.kv_groups + 1, -1, -1), w.down[None].expand(grid.maximum[-1] + 1, -1, -1)
-    else:
-        o, down = library.levels(index), library.levels(s.layers + index)
-    return PreparedLayer(w.attention_norm, _grouped_rows(w, s), o, w.ffn_norm, interleave(w.gate, w.up), down)
-
-
-def _grouped_rows(w: LayerWeights, s: Structure) -> Tensor:
-    """[G·(g+2)·d, hidden]: of every kv-group the rows of its query heads, of its key and of its value."""
-    parts = interleave_heads(w.q, s.head_dim), interleave_heads(w.k, s.head_dim), w.v
-    return torch.cat([part.view(s.kv_groups, -1, s.hidden) for part in parts], 1).flatten(0, 1)
+def prepare(decoder: Decoder, grid: Grid, library: Outputs | None) -> list[PreparedLayer]:
+    """The layers of ``decoder`` (in ranking order) with the o and down of every level: those of ``library``, or the
+    dense ones cut to the width."""
+    return [prepared(decoder, grid, library, index) for index in range(grid.structure.layers)]
 
 
 def _tables(levels: list[Sequence[int]], first: int, device: torch.device) -> tuple[list[_Tables], list[int]]:

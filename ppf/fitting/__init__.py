@@ -1,5 +1,1 @@
-"""``ppf fit``: the stages that fill a run, and the loop that measures and learns."""
-
-from .stages import fit
-
-__all__ = ["fit"]
+"""Fitting: the stages that fill a run, the loop that measures and learns, and what a run is asked afterwards."""

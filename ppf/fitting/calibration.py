@@ -1,4 +1,4 @@
-"""Calibration: one pass of the dense model over text, and what the inputs of o_proj and down_proj look like.
+"""Calibration: one pass of the dense model over text, and what the inputs of the output projections look like.
 
 The pass goes layer by layer over all sequences, so that only one layer's Gram matrices are in memory at any time: the
 caller stores (or uses) what each step yields and lets it go.
@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..fast.forward import attention_inner, ffn_inner, norm, rope
-from ..model.weights import DecoderWeights, LayerWeights
+from ..families import KINDS
+from ..model.decoder import Decoder
 from ..text import batches
 
 
@@ -58,10 +57,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer's o_proj input (n = G·g·d) and down_proj input (n = C)."""
+    """Statistics of the inputs of one layer's output projections: n = G·g·d for attention, C for the FFN. None where
+    the layer has no such sub-layer."""
 
-    attention: Statistics
-    ffn: Statistics
+    attention: Statistics | Moments | None
+    ffn: Statistics | Moments | None
+
+    def of(self, kind: str) -> Statistics | Moments | None:
+        return getattr(self, kind)
 
 
 class _Accumulator:
@@ -88,32 +91,29 @@ class _Accumulator:
         return Statistics(gram, mean, (gram.diagonal() - mean.square()).clamp_min(0))
 
 
-def calibrate(weights: DecoderWeights, sequences: Tensor) -> Iterator[LayerStatistics]:
+def calibrate(decoder: Decoder, sequences: Tensor) -> Iterator[LayerStatistics]:
     """Yield every layer's statistics in order, from one dense pass over int64 ``sequences`` [N, T].
 
-    ``weights`` are the dense model's, in any unit order; the statistics' channels stand in that same order. Nothing
-    here keeps what was yielded: a caller that lets it go has one layer's Grams in memory at a time.
+    ``decoder`` is the dense model, in any unit order; the statistics' channels stand in that same order. The layers
+    are transformers' own, with a hook on the output projections. Nothing here keeps what was yielded: a caller that
+    lets it go has one layer's Grams in memory at a time.
     """
-    cos_sin = rope(weights, sequences.shape[1])
-    hidden = [F.embedding(batch.to(weights.device), weights.embedding) for batch in batches(sequences, weights.device)]
-    for layer in weights.layers:
+    hidden = [decoder.frame.begin(batch.to(decoder.device)) for batch in batches(sequences, decoder.device)]
+    for index in range(decoder.structure.layers):
         # No name for the result, and no decorator around the generator: either would hold it during the next layer.
-        yield _advance(weights, layer, hidden, cos_sin)
+        yield _advance(decoder, index, hidden)
 
 
 @torch.no_grad()
-def _advance(
-    weights: DecoderWeights, layer: LayerWeights, hidden: list[Tensor], cos_sin: tuple[Tensor, Tensor]
-) -> LayerStatistics:
+def _advance(decoder: Decoder, index: int, hidden: list[Tensor]) -> LayerStatistics:
     """Statistics of one layer over all batches of ``hidden`` [B, T, hidden], which then hold the layer's output."""
-    s = weights.structure
-    attention = _Accumulator(s.kv_groups * s.group_rows, weights.device)
-    ffn = _Accumulator(s.channels, weights.device)
-    for x in hidden:
-        inner = attention_inner(norm(x, layer.attention_norm, weights.epsilon), layer, s, cos_sin, s.kv_groups)
-        attention.add(inner)
-        x += F.linear(inner, layer.o)
-        inner = ffn_inner(norm(x, layer.ffn_norm, weights.epsilon), layer, s.channels)
-        ffn.add(inner)
-        x += F.linear(inner, layer.down)
-    return LayerStatistics(attention.finish(), ffn.finish())
+    sublayers = {kind: decoder.structure.of(kind)[index] for kind in KINDS}
+    widths = {kind: sublayer.units for kind, sublayer in sublayers.items()}
+    watched = {decoder.family.parts[kind].output_name: kind for kind in KINDS if widths[kind]}
+    sums = {kind: _Accumulator(sublayers[kind].width, decoder.device) for kind in watched.values()}
+    for at, x in enumerate(hidden):
+        told = decoder.frame.context(*x.shape[:2])[index]
+        hidden[at] = decoder.reference(
+            index, widths, decoder.layers[index], x, told, lambda name, x: sums[watched[name]].add(x), tuple(watched)
+        )
+    return LayerStatistics(**{kind: sums[kind].finish() if kind in sums else None for kind in KINDS})

@@ -85,7 +85,7 @@ def collect(
         if index == 0 and not complete:
             _measure(evaluator, experience, initial_proposals(evaluator.grid, count, seed), 0, evaluations, progress)
         elif index and not (complete and index in journal.rounds):
-            device = evaluator.weights.device
+            device = evaluator.decoder.device
             how = {"effort": _ROUND_EFFORT, "learning": learning, "experts": 0}
             fitted = learn(evaluator.grid, before, seed + index, device, **how)
             proposals = next_proposals(fitted.agent, fitted.predictor, before, count, seed + index)

@@ -15,7 +15,7 @@ fp32 for the same reason; tf32 would be off by as much as the weight itself.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from ..errors import PPFError
+from ..families import KINDS
 from ..files import write_safetensors
+from ..model.decoder import Decoder
 from ..model.grid import Grid
-from ..model.weights import LayerRanking, LayerWeights, expand_units
+from ..model.layer import LayerRanking, expand_units
 from .calibration import LayerStatistics, Statistics
 
 # Share of the Gram's mean diagonal added to it. See dev/LOG.md for the values tried.
@@ -105,15 +107,16 @@ def _error_energies(half: Tensor, energy: Tensor, widths: Sequence[int]) -> Tens
 
 
 def refit_layer(
-    layer: LayerWeights, statistics: LayerStatistics, ranking: LayerRanking, grid: Grid, damping: float = DAMPING
-) -> tuple[Refit, Refit]:
-    """One layer's refits of o and down; ``layer`` is in ranking order, ``statistics`` in checkpoint order."""
-    groups, channels = _widths(grid)
-    query = expand_units(ranking.attention, grid.structure.group_rows)
-    return (
-        refit(layer.o, statistics.attention, query, groups, damping),
-        refit(layer.down, statistics.ffn, ranking.ffn, channels, damping),
-    )
+    outputs: Mapping[str, Tensor], statistics: LayerStatistics, ranking: LayerRanking, grid: Grid, index: int,
+    damping: float = DAMPING,
+) -> dict[str, Refit]:  # fmt: skip
+    """One layer's refits by kind of sub-layer; ``outputs`` are its output projections [hidden, n] in ranking order,
+    ``statistics`` in checkpoint order."""
+    found = {}
+    for kind, output in outputs.items():
+        order = expand_units(ranking.of(kind), grid.structure.of(kind)[index].columns)
+        found[kind] = refit(output, statistics.of(kind), order, widths_of(grid, kind, index), damping)
+    return found
 
 
 class Library:
@@ -124,16 +127,24 @@ class Library:
     and the most recently used are kept. The results are the same, bit for bit.
     """
 
-    def __init__(self, refits: Sequence[Refit], dtype: torch.dtype | None = None, cache_bytes: int | None = None):
-        self._refits = tuple(refits)
-        self._dtype = dtype
-        self._limit = _room(self._refits[0].dense.device) if cache_bytes is None else cache_bytes
-        self._all_fit = sum(_solved_bytes(refit, dtype) for refit in self._refits) <= self._limit
+    def __init__(
+        self, refits: Sequence[Refit | None], dtype: torch.dtype | None = None, cache_bytes: int | None = None
+    ):
+        """``refits``: one a sub-layer; None where the model has none."""
+        self._refits, self._dtype = tuple(refits), dtype
+        there = [refit for refit in self._refits if refit is not None]
+        self._limit = _room(there[0].dense.device) if cache_bytes is None else cache_bytes
+        self._all_fit = sum(_solved_bytes(refit, dtype) for refit in there) <= self._limit
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._bytes = 0
 
+    @classmethod
+    def of_layers(cls, layers: Sequence[Mapping[str, Refit]]) -> Library:
+        """From every layer's refits by kind."""
+        return cls([layer.get(kind) for kind in KINDS for layer in layers])
+
     def weight(self, sublayer: int, level: int) -> Tensor:
-        """The refitted o or down, [hidden, width of that level]."""
+        """The refitted output projection, [hidden, width of that level]."""
         key = (sublayer, level)
         if key not in self._cache:
             refit = self._refits[sublayer]
@@ -144,7 +155,7 @@ class Library:
         return self._cache[key]
 
     def levels(self, sublayer: int) -> Tensor:
-        """The refitted o or down of all levels, [levels, hidden, n], zero past each level's width. Not kept here."""
+        """The refitted output projections of all levels, [levels, hidden, n], zero past each width. Not kept here."""
         refit = self._refits[sublayer]
         stacked = refit.dense.new_zeros((len(refit.widths), *refit.dense.shape), dtype=self._dtype)
         for level, weight in enumerate(refit.solutions()):
@@ -162,8 +173,9 @@ class Library:
         return Library(self._refits, dtype, self._limit)
 
     def error(self, sublayer: int) -> Tensor:
-        """Relative output error energy of every level of a sub-layer, fp64 [levels]."""
-        return self._refits[sublayer].error
+        """Relative output error energy of every level of a sub-layer, fp64 [levels]; one zero where there is none."""
+        refit = self._refits[sublayer]
+        return torch.zeros(1, dtype=torch.float64) if refit is None else refit.error
 
 
 def _room(device: torch.device) -> int:
@@ -177,53 +189,51 @@ def _solved_bytes(refit: Refit, dtype: torch.dtype | None) -> int:
 
 
 _STORED = "half", "inverse", "error"
-TENSORS = tuple(f"{kind}.{name}" for kind in ("attention", "ffn") for name in _STORED)
 
 
-def save_refits(path: Path, attention: Refit, ffn: Refit) -> None:
+def save_refits(path: Path, refits: Mapping[str, Refit]) -> None:
     """Write one layer's factors; the dense weights are the checkpoint's and are not stored again."""
-    parts = ("attention", attention), ("ffn", ffn)
-    write_safetensors(path, {f"{kind}.{name}": getattr(part, name) for kind, part in parts for name in _STORED})
+    write_safetensors(path, {f"{kind}.{n}": getattr(part, n) for kind, part in refits.items() for n in _STORED})
 
 
 def load_refits(
-    tensors: dict[str, Tensor], layer: LayerWeights, grid: Grid, on_device: bool = True
-) -> tuple[Refit, Refit]:
-    """Inverse of :func:`save_refits`, for the same layer in ranking order and the same grid.
+    tensors: dict[str, Tensor], outputs: Mapping[str, Tensor], grid: Grid, index: int, on_device: bool = True
+) -> dict[str, Refit]:
+    """Inverse of :func:`save_refits`, for the output projections of the same layer in ranking order and the same grid.
 
     ``on_device`` moves the factors to the layer's device; otherwise they stay where ``tensors`` are (memory-mapped, as
-    safetensors reads them), and what a solution needs of them is copied when it is solved.
+    safetensors reads them), and what a solution needs of them is copied when it is solved. Raises ``KeyError`` for a
+    factor that is not there.
     """
-
-    def load(kind: str, dense: Tensor, widths: Sequence[int]) -> Refit:
-        half, inverse = (tensors[f"{kind}.{name}"] for name in ("half", "inverse"))
+    found = {}
+    for kind, dense in outputs.items():
+        half, inverse, error = (tensors[f"{kind}.{name}"] for name in _STORED)
         if on_device:
             half, inverse = half.to(dense.device), inverse.to(dense.device)
-        return Refit(dense, half, inverse, tuple(widths), tensors[f"{kind}.error"])
+        found[kind] = Refit(dense, half, inverse, tuple(widths_of(grid, kind, index)), error)
+    return found
 
-    groups, channels = _widths(grid)
-    return load("attention", layer.o, groups), load("ffn", layer.down, channels)
+
+def outputs_of(decoder: Decoder, index: int) -> dict[str, Tensor]:
+    """The output projections that layer ``index`` has, by kind."""
+    return {kind: decoder.output(index, kind) for kind in KINDS if decoder.structure.of(kind)[index].units}
 
 
 def fits_on_device(grid: Grid, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a GPU has room for all factors and all solutions; always true on a CPU, where they are mapped anyway."""
     if device.type != "cuda":
         return True
-    solved = grid.structure.hidden * dtype.itemsize * grid.structure.layers * sum(sum(w) for w in _widths(grid))
-    return library_bytes(grid) + solved <= _room(device)
+    columns = sum(sum(widths_of(grid, kind, i)) for kind in KINDS for i in range(grid.structure.layers))
+    return library_bytes(grid) + grid.structure.hidden * dtype.itemsize * columns <= _room(device)
 
 
 def library_bytes(grid: Grid) -> int:
     """Bytes of all factors of a model, in memory and on disk."""
-    s = grid.structure
-
-    def sublayer(inputs: int) -> int:
-        return (8 if inputs <= _EXACT_INPUTS else 4) * inputs * (inputs + s.hidden)
-
-    return s.layers * (sublayer(s.kv_groups * s.group_rows) + sublayer(s.channels))
+    inputs = [sublayer.width for sublayer in grid.structure.sublayers]
+    return sum((8 if n <= _EXACT_INPUTS else 4) * n * (n + grid.structure.hidden) for n in inputs)
 
 
-def _widths(grid: Grid) -> tuple[list[int], list[int]]:
-    """Channels of every level of an attention and of an FFN sub-layer."""
-    groups = [level * grid.structure.group_rows for level in range(grid.maximum[0] + 1)]
-    return groups, [level * grid.ffn_multiple for level in range(grid.maximum[-1] + 1)]
+def widths_of(grid: Grid, kind: str, index: int) -> list[int]:
+    """Columns of the output projection at every level of a sub-layer."""
+    at = KINDS.index(kind) * grid.structure.layers + index
+    return [level * grid.steps[at] * grid.structure.of(kind)[index].columns for level in range(grid.maximum[at] + 1)]

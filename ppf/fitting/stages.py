@@ -9,28 +9,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from .. import checkpoint
 from .._version import versions
 from ..choose.agent import error_energies
 from ..errors import InputError
+from ..families import KINDS, family_of
+from ..fast.permute import permute_layer
 from ..files import require_space, write_json, write_safetensors
+from ..model.decoder import Decoder
+from ..model.geometry import structure_of
+from ..model.layer import LayerRanking
 from ..model.precision import compute_dtype
 from ..model.structure import Structure
-from ..model.weights import LayerRanking, permute_layer
 from ..progress import Progress, silent
-from ..text import Splits, check_context, pack, read_tokens, split, take_tokens
+from ..text import Splits, check_context, split, take_tokens
 from .calibration import LayerStatistics, calibrate
 from .collection import Learning, collect, learn
-from .library import library_bytes, refit_layer, save_refits
+from .library import library_bytes, outputs_of, refit_layer, save_refits
 from .ranking import rank_layer
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
+from .reader import Reader
 from .rounds import Journal
 from .run import Run, Settings
 from .run.directory import MANIFEST, ROUNDS, layer_file, read_manifest
 from .run.settings import portable_settings
 from .search.exploration import check_evaluations
+from .session import Session
 
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
@@ -59,18 +64,18 @@ def fit(
     settings, output = settings or Settings(), Path(output)
     target = checkpoint.resolve_device(device)
     config = checkpoint.check_checkpoint(model)
-    structure = Structure.from_config(config)
+    structure = structure_of(family_of(config.model_type), config)
     check_context(settings.sequence_length, config.max_position_embeddings)
     settings = portable_settings(settings, structure) if settings.portable else settings
     check_evaluations(settings.evaluations, settings.grid(structure))
-    dense = _prepare(model, text, eval_text, output, settings, structure, target)
-    run = Run(output, device=str(target), dense=dense)
-    if not run.is_complete:
+    decoder = _prepare(model, text, eval_text, output, settings, structure, target)
+    session = Session(Run(output), target, decoder)
+    if not session.run.is_complete:
         started = time.perf_counter()
-        _calibrate(run, progress)
-        _learn(run, progress)
-        _finish(run, time.perf_counter() - started)
-    return Run(output, device=str(target))
+        _calibrate(session, progress)
+        _learn(session, progress)
+        _finish(session, time.perf_counter() - started)
+    return Run(output)
 
 
 def _prepare(
@@ -81,7 +86,7 @@ def _prepare(
     settings: Settings,
     structure: Structure,
     device: torch.device,
-) -> LlamaForCausalLM | None:
+) -> Decoder | None:
     """Make ``output`` a run with its texts and its manifest, or check that it is one of the same question.
 
     A new run's model is read, and returned, before anything is written: NaN and Inf weights show only then.
@@ -95,9 +100,8 @@ def _prepare(
     if output.exists() and (not output.is_dir() or not all(_unfinished_start(file) for file in output.iterdir())):
         _require_same(output, question)
         return None
-    tokenizer = checkpoint.load_tokenizer(model)
-    parts = _splits(tokenizer, text, eval_text, settings)
-    dense = checkpoint.load_dense(model, device=str(device))
+    parts = _splits(model, text, eval_text, settings)
+    decoder = checkpoint.load_decoder(model, device=str(device))
     require_space(output, library_bytes(settings.grid(structure)) + _OTHER_FILES)
     output.mkdir(parents=True, exist_ok=True)
     tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
@@ -105,7 +109,7 @@ def _prepare(
     names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
     manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
     write_json(output / MANIFEST, question | manifest)
-    return dense
+    return decoder
 
 
 def _unfinished_start(file: Path) -> bool:
@@ -130,73 +134,77 @@ def _require_same(output: Path, question: dict[str, Any]) -> None:
         raise InputError("output", output, "is a run on another text", remedy)
 
 
-def _splits(tokenizer: Any, text: str | Path, eval_text: str | Path | None, settings: Settings) -> Splits:
-    sequences = pack(read_tokens(text, tokenizer), settings.sequence_length)
+def _splits(model: str | Path, text: str | Path, eval_text: str | Path | None, settings: Settings) -> Splits:
+    reader = Reader.of(model, settings.sequence_length)
+    sequences = reader.sequences(text)
     if eval_text is None:
         return split(sequences, settings.calibration_tokens, settings.evaluation_tokens)
-    evaluation = pack(read_tokens(eval_text, tokenizer), settings.sequence_length, "eval-text")
+    evaluation = reader.sequences(eval_text, "eval-text")
     return Splits(
         take_tokens(sequences, settings.calibration_tokens), take_tokens(evaluation, settings.evaluation_tokens)
     )
 
 
-def _calibrate(run: Run, progress: Progress) -> None:
+def _calibrate(session: Session, progress: Progress) -> None:
     """Write every layer's statistics, ranking and library; nothing to do if the last layer's are there."""
-    layers = run.structure.layers
+    run, layers = session.run, session.run.structure.layers
     for folder in ("statistics", "library"):
         (run.path / folder).mkdir(exist_ok=True)
     if (run.path / layer_file("library", layers - 1)).exists():
         return
-    computing, sequences = run.weights.to(compute_dtype(run.weights.dtype, run.device)), run.sequences("calibration")
-    name, scores = run.settings.ranking, [None] * layers
+    computing = session.decoder.to(compute_dtype(session.decoder.dtype, session.device))
+    sequences, name, scores = run.sequences("calibration"), run.settings.ranking, [None] * layers
     if name in GRADIENT_RANKINGS:
         scores = gradient_scores(name, computing, sequences, run.settings.seed)
     stream = calibrate(computing, sequences)
     progress("calibrate", 0, layers)
     for index in range(layers):
         # Passed on and forgotten: a name here would keep one layer's Grams while the next one's are computed.
-        _store_layer(run, index, next(stream), scores[index])
+        _store_layer(session, index, next(stream), scores[index])
         progress("calibrate", index + 1, layers)
 
 
-def _store_layer(run: Run, index: int, statistics: LayerStatistics, scores: Scores | None) -> None:
+def _store_layer(session: Session, index: int, statistics: LayerStatistics, scores: Scores | None) -> None:
     """Write one layer's statistics, ranking and library; the library comes last and marks the layer as done."""
-    layer = run.weights.layers[index]
-    ranking = rank_layer(run.settings.ranking, layer, statistics, run.structure, scores)
+    run, decoder = session.run, session.decoder
+    ranking = rank_layer(run.settings.ranking, decoder, index, statistics, scores)
     write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
-    permuted = permute_layer(layer, ranking, run.structure)
-    attention, ffn = refit_layer(permuted, statistics, ranking, run.grid)
-    save_refits(run.path / layer_file("library", index), attention, ffn)
+    ranked = permute_layer(decoder.names(index), decoder.layers[index], ranking)
+    outputs = {kind: ranked[f"{decoder.family.parts[kind].output_name}.weight"] for kind in outputs_of(decoder, index)}
+    save_refits(run.path / layer_file("library", index), refit_layer(outputs, statistics, ranking, run.grid, index))
 
 
 def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:
-    tensors = {"ranking.attention": ranking.attention, "ranking.ffn": ranking.ffn}
-    for name, part in (("attention", statistics.attention), ("ffn", statistics.ffn)):
+    tensors = {f"ranking.{kind}": ranking.of(kind) for kind in KINDS}
+    for kind in KINDS:
         # The Gram itself is not stored: the library's L⁻¹ holds it, since H + λI = L Lᵀ.
-        tensors |= {f"{name}.mean": part.mean, f"{name}.variance": part.variance}
+        if (part := statistics.of(kind)) is not None:
+            tensors |= {f"{kind}.mean": part.mean, f"{kind}.variance": part.variance}
     return tensors
 
 
-def _learn(run: Run, progress: Progress) -> None:
+def _learn(session: Session, progress: Progress) -> None:
     """Collect the experience, then train the predictor and the agent that stay."""
-    settings = run.settings
-    evaluator = run.evaluator()
-    how = Learning(settings.predictor, settings.agent, error_energies(evaluator.library, run.grid))
+    run, settings = session.run, session.run.settings
+    evaluator = session.evaluator()
+    energies = error_energies([evaluator.library.error(s) for s in range(run.grid.sublayers)], run.grid)
+    how = Learning(settings.predictor, settings.agent, energies)
     journal = Journal(run.path / ROUNDS)
     collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how, journal, settings.early_stop)
     progress("learn", 0, 1)
     rows = run.experience.rows()
     fitted = learn(
-        run.grid, rows, settings.seed, run.device, effort=_FINAL_EFFORT, learning=how, experts=_FINAL_EXPERTS
+        run.grid, rows, settings.seed, session.device, effort=_FINAL_EFFORT, learning=how, experts=_FINAL_EXPERTS
     )
     write_safetensors(run.path / "predictor.safetensors", fitted.predictor.state_dict())
     write_safetensors(run.path / "agent.safetensors", fitted.agent.state_dict())
     progress("learn", 1, 1)
 
 
-def _finish(run: Run, seconds: float) -> None:
+def _finish(session: Session, seconds: float) -> None:
+    run = session.run
     run.experience.close()  # folds the write-ahead log into the file: a finished run can be copied
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
     write_json(run.path / MANIFEST, run.manifest | {"state": "complete", "device": device, "seconds": seconds})
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choose.budget import PROFILE, weight_costs
 from ..choose.budget.costs import Costs
+from ..choose.budget.profile import load_profile
 from ..choose.candidates.sampling import RATIO_RANGE
-from ..deliver.request import PROFILE, load_profile, weight_costs
 from ..fitting.experience import Evaluation
 from ..fitting.run import Run
 from .pages import Page, figure
@@ -104,7 +105,7 @@ def _points(run: Run, levels: Tensor, costs: dict[str, Costs]) -> list[dict[str,
     return [
         {"ratio": run.grid.ratio(policy)}
         | {name: value[index] for name, value in values.items()}
-        | {"policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)}}
+        | {"policy": policy.to_dict()}
         for index, policy in enumerate(run.grid.decode(levels))
     ]
 

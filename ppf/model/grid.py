@@ -6,6 +6,7 @@ in steps of one kv-group, FFN in steps of ``ffn_multiple`` channels, so width = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..families import KINDS
 from .policy import Policy
 from .structure import Structure
 
@@ -25,53 +27,54 @@ PORTABLE_MULTIPLE = 256
 
 @dataclass(frozen=True)
 class Grid:
-    """The widths allowed on ``structure``. Layer 0 keeps at least one kv-group (see docs: what a policy may be);
-    ``portable`` policies keep all attention, as every reader accepts it."""
+    """The widths allowed on ``structure``. Layer 0 keeps some attention, from which caches take the length of a text
+    (docs/concepts.md); ``portable`` policies keep all attention, as every reader accepts it."""
 
     structure: Structure
     ffn_multiple: int = 64
     portable: bool = False
 
     def __post_init__(self) -> None:
-        channels = self.structure.channels
-        if self.ffn_multiple < 1 or channels % self.ffn_multiple:
-            fits = [m for m in range(256, 0, -1) if channels % m == 0][:6]
-            raise InputError(
-                "ffn-multiple",
-                self.ffn_multiple,
-                f"does not divide the model's {channels} FFN channels",
-                f"Use one of {fits}",
-            )
+        for layer, sublayer in enumerate(self.structure.ffn):
+            channels = sublayer.units
+            if self.ffn_multiple < 1 or channels % self.ffn_multiple:
+                common = math.gcd(*(s.units for s in self.structure.ffn))
+                fits = [m for m in range(256, 0, -1) if common % m == 0][:6]
+                problem = f"does not divide the {channels} FFN channels of layer {layer}"
+                raise InputError("ffn-multiple", self.ffn_multiple, problem, f"Use one of {fits}")
 
     @property
     def sublayers(self) -> int:
         """S = 2L."""
-        return 2 * self.structure.layers
+        return len(self.structure.sublayers)
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
         """Units per level of every sub-layer, length S."""
-        layers = self.structure.layers
-        return (1,) * layers + (self.ffn_multiple,) * layers
+        attention = tuple(sublayer.step for sublayer in self.structure.attention)
+        return attention + (self.ffn_multiple,) * self.structure.layers
 
     @cached_property
     def maximum(self) -> tuple[int, ...]:
-        """Highest level (= dense width) of every sub-layer, length S."""
-        s = self.structure
-        return (s.kv_groups,) * s.layers + (s.channels // self.ffn_multiple,) * s.layers
+        """Highest level (= dense width) of every sub-layer, length S; 0 where the model itself has none."""
+        return tuple(s.units // step for s, step in zip(self.structure.sublayers, self.steps, strict=True))
 
     @cached_property
     def minimum(self) -> tuple[int, ...]:
         """Lowest level of every sub-layer, length S: 1 for layer 0's attention, all of portable attention, else 0."""
         layers = self.structure.layers
-        attention = self.maximum[:layers] if self.portable else (1,) + (0,) * (layers - 1)
+        attention = self.maximum[:layers] if self.portable else (min(1, self.maximum[0]),) + (0,) * (layers - 1)
         return attention + (0,) * layers
 
     @cached_property
     def step_cost(self) -> tuple[int, ...]:
         """Parameters per level of every sub-layer, length S."""
-        s = self.structure
-        return (s.kv_group_cost,) * s.layers + (s.channel_cost * self.ffn_multiple,) * s.layers
+        return tuple(s.cost * step for s, step in zip(self.structure.sublayers, self.steps, strict=True))
+
+    @cached_property
+    def top(self) -> tuple[int, ...]:
+        """:attr:`maximum`, but 1 where there is nothing to prune: what levels are divided by."""
+        return tuple(max(1, level) for level in self.maximum)
 
     @property
     def levels(self) -> int:
@@ -97,7 +100,7 @@ class Grid:
         """Levels, int64 [P, S]. Raises ``InputError`` for wrong lengths or widths off the grid."""
         for policy in policies:
             self.check(policy)
-        widths = torch.tensor([p.attention + p.ffn for p in policies], dtype=torch.int64).reshape(-1, self.sublayers)
+        widths = torch.tensor([_flat(p) for p in policies], dtype=torch.int64).reshape(-1, self.sublayers)
         return widths // torch.tensor(self.steps)
 
     def decode(self, levels: Tensor) -> list[Policy]:
@@ -113,20 +116,28 @@ class Grid:
     def check(self, policy: Policy) -> None:
         """Raise ``InputError`` unless ``policy`` lies on this grid."""
         layers = self.structure.layers
-        for name, widths in (("attention", policy.attention), ("ffn", policy.ffn)):
+        if unknown := sorted(set(policy) - set(KINDS)):
+            raise InputError("policy", unknown, "are kinds of sub-layer that this model has not", f"Use {list(KINDS)}")
+        for kind in KINDS:
+            widths = policy[kind]
             if len(widths) != layers:
                 raise InputError(
-                    f"policy.{name}", list(widths), f"has {len(widths)} widths", f"Give one per layer: {layers}"
+                    f"policy.{kind}", list(widths), f"has {len(widths)} widths", f"Give one per layer: {layers}"
                 )
-        for index, width in enumerate(policy.attention + policy.ffn):
+        for index, width in enumerate(_flat(policy)):
             step, low, high = self.steps[index], self.minimum[index], self.maximum[index]
             if width % step or not low * step <= width <= high * step:
-                name = f"policy.{'attention' if index < layers else 'ffn'}[{index % layers}]"
+                name = f"policy.{KINDS[index // layers]}[{index % layers}]"
                 remedy = f"Use a multiple of {step} from {low * step} to {high * step}"
                 raise InputError(name, width, "is off the grid", remedy)
+
+
+def _flat(policy: Policy) -> tuple[int, ...]:
+    return tuple(width for kind in KINDS for width in policy[kind])
 
 
 def portable_multiple(structure: Structure) -> int:
     """The step of portable FFN widths: 256, or else the largest smaller number that divides the channels, which all
     readers but DeciLM's accept."""
-    return next(m for m in range(PORTABLE_MULTIPLE, 0, -1) if structure.channels % m == 0)
+    channels = math.gcd(*(sublayer.units for sublayer in structure.ffn))
+    return next(m for m in range(PORTABLE_MULTIPLE, 0, -1) if channels % m == 0)

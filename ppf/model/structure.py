@@ -1,59 +1,82 @@
-"""The prunable geometry of a Llama. The only place that knows Llama's shapes and what a unit costs."""
+"""The prunable geometry of a model: for every layer and kind of sub-layer, how many units there are and what one costs.
+
+Layers may differ in the dense model already. Made from a configuration by :func:`ppf.model.geometry.structure_of`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from operator import index
 from typing import Any
+
+from ..families import KINDS
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """One sub-layer of one layer; a unit is what is removed: a kv-group, or an FFN channel.
+
+    ``units``: how many there are, 0 if the sub-layer is absent. ``cost``: parameters of a unit, rows with their biases
+    and columns of the output projection; norms and the output's bias belong to no unit and are left out of every ratio.
+    ``columns``: columns of the output projection a unit has. ``step``: units that only go together.
+    """
+
+    units: int
+    cost: int
+    columns: int
+    step: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns of the whole output projection."""
+        return self.units * self.columns
 
 
 @dataclass(frozen=True)
 class Structure:
-    """L layers, each with G kv-groups (one key/value head and its g query heads) and C FFN channels.
+    """The sub-layers of L layers, by kind; sizes that are never pruned beside them."""
 
-    A unit is what is removed: one kv-group or one FFN channel. Costs count the seven projection matrices of a decoder
-    layer; the two norm vectors (0.02 % of a layer) belong to no unit and are left out of every ratio.
-    """
-
-    layers: int
     hidden: int
-    kv_groups: int
-    heads_per_group: int
     head_dim: int
-    channels: int
-
-    @classmethod
-    def from_config(cls, config: Any) -> Structure:
-        """Read the geometry off a transformers ``LlamaConfig`` (or anything with the same attribute names)."""
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            kv_groups=kv_heads,
-            heads_per_group=heads // kv_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            channels=config.intermediate_size,
-        )
+    attention: tuple[SubLayer, ...]
+    ffn: tuple[SubLayer, ...]
 
     @property
-    def group_rows(self) -> int:
-        """Rows of q_proj (= columns of o_proj) that belong to one kv-group: g · head_dim."""
-        return self.heads_per_group * self.head_dim
+    def layers(self) -> int:
+        """L."""
+        return len(self.attention)
 
-    @property
-    def kv_group_cost(self) -> int:
-        """Parameters of one kv-group: g·d rows of q, d of k, d of v, g·d columns of o = (2g+2)·d·hidden."""
-        return (2 * self.heads_per_group + 2) * self.head_dim * self.hidden
+    def of(self, kind: str) -> tuple[SubLayer, ...]:
+        """The sub-layers of one kind, one a layer."""
+        return getattr(self, kind)
 
-    @property
-    def channel_cost(self) -> int:
-        """Parameters of one FFN channel: a row of gate, a row of up, a column of down = 3·hidden."""
-        return 3 * self.hidden
+    @cached_property
+    def sublayers(self) -> tuple[SubLayer, ...]:
+        """All sub-layers as grids number them: every attention, then every FFN."""
+        return tuple(sublayer for kind in KINDS for sublayer in self.of(kind))
 
-    @property
+    @cached_property
     def decoder_parameters(self) -> int:
         """Parameters of all units of all layers: the denominator of every ratio."""
-        return self.layers * (self.kv_groups * self.kv_group_cost + self.channels * self.channel_cost)
+        return sum(sublayer.units * sublayer.cost for sublayer in self.sublayers)
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+    def block(self, kind: str, layer: int, role: str) -> int:
+        """Rows that a unit of this sub-layer has in the rows of ``role``."""
+        if role in ("key", "value"):
+            return self.head_dim
+        return self.of(kind)[layer].columns
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: sizes, and [units, cost, columns, step] of every sub-layer."""
+        rows = {kind: [[s.units, s.cost, s.columns, s.step] for s in self.of(kind)] for kind in KINDS}
+        return {"hidden": self.hidden, "head_dim": self.head_dim} | rows
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Structure:
+        """Inverse of :meth:`to_dict`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
+        rows = {kind: tuple(SubLayer(*map(index, row)) for row in data[kind]) for kind in KINDS}
+        if len({len(layers) for layers in rows.values()}) != 1:
+            raise ValueError("its kinds of sub-layer differ in their number of layers")
+        return cls(index(data["hidden"]), index(data["head_dim"]), **rows)

@@ -2,17 +2,18 @@
 
 Two networks add up. One sees the budget alone and has outputs of its own for every sub-layer and level; the other is
 shared by all of them and sees their state: kind, depth, level, the error energy that the library's refit leaves there,
-and the budget. The projection (:mod:`ppf.choose.budget.projection`) turns utilities into the levels that meet the budget.
+and the budget. The projection (:mod:`ppf.choose.budget.projection`) turns
+utilities into the levels that meet the budget.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...fitting.library import Library
 from ...model.grid import Grid
 from ..budget.projection import Projector, nearest
 from .features import BUDGET_FEATURES, STATE_FEATURES, budget_features, state_features
@@ -23,11 +24,11 @@ _START = 64.0
 _SHARED = 32  # hidden units of the network that all levels share
 
 
-def error_energies(library: Library | None, grid: Grid) -> Tensor:
-    """Relative error energies fp32 [S, K] of every level (zero where a sub-layer has no such level, or no library)."""
+def error_energies(errors: Sequence[Tensor], grid: Grid) -> Tensor:
+    """Relative error energies fp32 [S, K] of every level, from those of every sub-layer [its levels]; zero where a
+    sub-layer has no such level."""
     energies = torch.zeros(grid.sublayers, grid.levels)
-    for sublayer in range(grid.sublayers if library else 0):
-        found = library.error(sublayer)
+    for sublayer, found in enumerate(errors):
         energies[sublayer, : len(found)] = found.float()
     return energies
 

@@ -25,8 +25,8 @@ _ENTROPY = 1e-3
 def train_actor_critic(
     agent: Agent, predictor: Predictor, seed: int, steps: int = 400, batch: int = 64, caution: float = 0.0
 ) -> None:
-    """Train ``agent`` in place; arguments as for :func:`ppf.choose.agent.pathwise.train_pathwise`, on ``batch`` budgets of
-    several episodes each."""
+    """Train ``agent`` in place; arguments as for :func:`ppf.choose.agent.pathwise.train_pathwise`, on ``batch``
+    budgets of several episodes each."""
     generator, critic = torch.Generator().manual_seed(seed), _critic(seed).to(agent.device)
     optimiser = torch.optim.Adam([*agent.parameters(), *critic.parameters()], lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)

@@ -1,8 +1,8 @@
 """Expert iteration: the agent learns to give at once what breeding finds from its answers.
 
-The pathwise gradient follows relaxed policies into one basin; breeding (:mod:`ppf.choose.candidates.breeding`) crosses between
-them on definite policies, at no true evaluation. What it finds at many budgets becomes the agent's target, as a tree
-search's moves do in expert iteration (arXiv 1705.08439).
+The pathwise gradient follows relaxed policies into one basin; breeding (:mod:`ppf.choose.candidates.breeding`)
+crosses between them on definite policies, at no true evaluation. What it finds at many budgets becomes the agent's
+target, as a tree search's moves do in expert iteration (arXiv 1705.08439).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def budget_features(ratio: Tensor) -> Tensor:
 def state_features(grid: Grid, energies: Tensor) -> Tensor:
     """State of every level, fp32 [S, K, F]: level, depth, kind, and the library's error ``energies`` [S, K]."""
     layers = grid.structure.layers
-    level = torch.arange(grid.levels) / torch.tensor(grid.maximum)[:, None]
+    level = torch.arange(grid.levels) / torch.tensor(grid.top)[:, None]
     depth = torch.linspace(-1, 1, layers).repeat(2)[:, None].expand_as(level)
     kind = torch.cat((torch.ones(layers), -torch.ones(layers)))[:, None].expand_as(level)
     features = level.clamp_max(1), level.eq(0).float(), depth, kind, energies.float(), energies.float().sqrt()

@@ -6,6 +6,7 @@ Parameters, bytes and floating-point operations are exact; milliseconds come fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,28 +35,27 @@ class Costs:
         return least, most
 
 
-def linear(grid: Grid, per_group: float, per_channel: float, constant: float, unit: str) -> Costs:
-    """Costs that grow by the same amount with every kv-group and with every FFN channel."""
-    layers = grid.structure.layers
-    step = torch.tensor([per_group] * layers + [per_channel * grid.ffn_multiple] * layers, dtype=torch.float64)
+def linear(grid: Grid, per_unit: Sequence[float], constant: float, unit: str) -> Costs:
+    """Costs that grow by the same amount with every unit of a sub-layer; ``per_unit`` has one number a sub-layer."""
+    step = torch.tensor(per_unit, dtype=torch.float64) * torch.tensor(grid.steps, dtype=torch.float64)
     level = torch.arange(grid.levels, dtype=torch.float64)
     return Costs(step[:, None] * torch.minimum(level, torch.tensor(grid.maximum)[:, None]), constant, unit)
 
 
 def parameters(grid: Grid) -> Costs:
-    """Decoder parameters as :class:`ppf.model.structure.Structure` counts them; embeddings, head and norms are left out."""
-    return linear(grid, grid.structure.kv_group_cost, grid.structure.channel_cost, 0, "parameters")
+    """Decoder parameters as :class:`ppf.model.structure.SubLayer` counts them; what belongs to no unit is left out."""
+    return linear(grid, [sublayer.cost for sublayer in grid.structure.sublayers], 0, "parameters")
 
 
 def weight_bytes(grid: Grid, element: int, other_parameters: int) -> Costs:
     """Bytes of all weights at ``element`` bytes each, with ``other_parameters`` outside the decoder's units."""
-    s = grid.structure
-    return linear(grid, element * s.kv_group_cost, element * s.channel_cost, element * other_parameters, "bytes")
+    return linear(grid, [element * s.cost for s in grid.structure.sublayers], element * other_parameters, "bytes")
 
 
 def token_flops(grid: Grid, context: int, vocabulary: int) -> Costs:
     """Floating-point operations of one token that attends to ``context`` others: 2 a parameter, 4·g·d a position and
     kv-group for scores and values, 2·hidden·vocabulary for the head."""
     s = grid.structure
-    group = 2 * s.kv_group_cost + 4 * context * s.group_rows
-    return linear(grid, group, 2 * s.channel_cost, 2 * s.hidden * vocabulary, "FLOPs per token")
+    groups = [2 * sublayer.cost + 4 * context * sublayer.columns for sublayer in s.attention]
+    channels = [2 * sublayer.cost for sublayer in s.ffn]
+    return linear(grid, groups + channels, 2 * s.hidden * vocabulary, "FLOPs per token")

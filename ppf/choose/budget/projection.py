@@ -38,7 +38,7 @@ def check_ratio(ratio: float, grid: Grid) -> None:
     if not 0 < ratio < 1:  # also refuses NaN
         raise InputError("ratio", ratio, "is not a share of parameters", "Use a number between 0 and 1, such as 0.3")
     if ratio > grid.maximum_ratio:
-        stays = "portable policies keep all attention" if grid.portable else "layer 0 keeps one kv-group"
+        stays = "portable policies keep all attention" if grid.portable else "layer 0 keeps some attention"
         remedy = f"The maximum for this model is {grid.maximum_ratio:.4f} ({stays})"
         raise InputError("ratio", ratio, "is more than the structure can give", remedy)
 
@@ -67,6 +67,7 @@ class Projector(nn.Module):
 
     maximum: Tensor  # [S]
     minimum: Tensor  # [S]
+    top: Tensor  # [S]: maximum, but 1 where that is 0
     step_cost: Tensor  # fp64 [S]: parameters a level, whatever the costs are
     allowed: Tensor  # bool [S, K]
     relative_cost: Tensor  # fp32 [S, K]: share of the largest cost, so that the multiplier's range suits every model
@@ -90,6 +91,7 @@ class Projector(nn.Module):
         for name, tensor in (
             ("maximum", maximum),
             ("minimum", minimum),
+            ("top", torch.tensor(grid.top)),
             ("step_cost", torch.tensor(grid.step_cost, dtype=torch.float64)),
             ("allowed", allowed),
             ("relative_cost", (costs.table / self.total).float()),
@@ -133,7 +135,7 @@ class Projector(nn.Module):
         reached = self._parabolic(fractions, weight, self._parabolic_multiplier(fractions, weight, target)[:, None])
         low = (reached - window).clamp_min(0).maximum(self.minimum)
         level = (low[..., None] + torch.arange(2 * window, device=low.device)).float()
-        key = weight[..., None] * (2 * fractions[..., None] - (2 * level + 1) / self.maximum[:, None])
+        key = weight[..., None] * (2 * fractions[..., None] - (2 * level + 1) / self.top[:, None])
         free = level < self.maximum[:, None]
         cost, cheap = self.step_cost[:, None].expand_as(level), free & (self.step_cost == self.cheapest)[:, None]
         parts = key.masked_fill(~free, -torch.inf), cost * free, key * cost.float(), free, torch.zeros_like(free), cheap
@@ -259,4 +261,4 @@ def _scales(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Every level as a share of the dense width, fp32 [S, K], and each sub-layer's share of all parameters, [S]."""
     maximum = torch.tensor(grid.maximum)
     weight = maximum * torch.tensor(grid.step_cost) / grid.structure.decoder_parameters
-    return (torch.arange(grid.levels) / maximum[:, None]).to(device), weight.to(device)
+    return (torch.arange(grid.levels) / torch.tensor(grid.top)[:, None]).to(device), weight.to(device)

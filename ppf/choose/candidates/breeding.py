@@ -55,7 +55,7 @@ def move(levels: Tensor, grid: Grid, ratio: Tensor) -> Tensor:
     if not len(levels):
         return levels
     projector = projector_of(grid, levels.device)
-    return projector.nearest(levels / projector.maximum, ratio)
+    return projector.nearest(levels / projector.top, ratio)
 
 
 def breed(

@@ -64,4 +64,4 @@ def mutate(
     moved = (levels + (chosen * sign * size).to(device)).clamp(projector.minimum, projector.maximum)
     # A little noise decides which of many equal neighbours pays for what the swaps leave over.
     noise = 1e-4 * torch.rand((*levels.shape, 1), generator=generator).to(device)
-    return projector.nearest(moved / projector.maximum, budget, weight=1 + noise[..., 0])
+    return projector.nearest(moved / projector.top, budget, weight=1 + noise[..., 0])

@@ -48,7 +48,7 @@ class Predictor(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, levels: Tensor, log_perplexity: Tensor, seed: int, steps: int, fresh: bool) -> None:
-        """See :func:`~ppf.choose.predictor.training.fit_predictor`; tensors are on the predictor's device, fp32 and int64."""
+        """See :func:`~ppf.choose.predictor.training.fit_predictor`; tensors are on the predictor's device."""
 
     @abstractmethod
     def relaxed(self, probabilities: Tensor) -> Tensor:

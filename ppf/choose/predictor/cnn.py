@@ -26,7 +26,8 @@ class CNN(Ensemble):
 
     def __init__(self, grid: Grid, members: int = 8, channels: int = 48, hidden: int = 64):
         super().__init__(grid, members)
-        units = grid.maximum[0] + grid.maximum[-1]
+        self.units = tuple(max(1, max(half)) for half in _halves(grid))
+        units = sum(self.units)
         sizes = (_REACH * units, channels), (_REACH * channels, channels), (grid.structure.layers * channels, hidden)
         sizes += ((hidden, 1),)
         self.weights = nn.ParameterList(torch.empty(members, a, b) for a, b in sizes)
@@ -43,8 +44,8 @@ class CNN(Ensemble):
     def encode(self, probabilities: Tensor) -> Tensor:
         """(Relaxed) mask [P, L, units]: the probability that each layer keeps each level of attention and FFN."""
         at_least = probabilities.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-        layers, top = self.grid.structure.layers, self.grid.maximum
-        return torch.cat((at_least[:, :layers, : top[0]], at_least[:, layers:, : top[-1]]), dim=-1)
+        layers, (groups, channels) = self.grid.structure.layers, self.units
+        return torch.cat((at_least[:, :layers, :groups], at_least[:, layers:, :channels]), dim=-1)
 
     def standardised(self, code: Tensor) -> Tensor:
         x = (code - self.center).expand(self.members, *code.shape[-3:])
@@ -53,6 +54,12 @@ class CNN(Ensemble):
         first, last = zip(self.weights[2:], self.biases[2:], strict=True)
         hidden = F.silu(torch.baddbmm(first[1], x.flatten(2), first[0]))
         return torch.baddbmm(last[1], hidden, last[0]).squeeze(-1)
+
+
+def _halves(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Highest levels of all attention and of all FFN sub-layers."""
+    layers = grid.structure.layers
+    return grid.maximum[:layers], grid.maximum[layers:]
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class PolicyKernel(nn.Module):
 
 def _start_gaps(grid: Grid, energies: Tensor | None) -> Tensor:
     """What softplus turns into the gaps before any data, fp64 [S, K − 1]; every line is about 1 long."""
-    top = torch.tensor(grid.maximum, dtype=torch.float64)[:, None]
+    top = torch.tensor(grid.top, dtype=torch.float64)[:, None]
     if energies is None:
         gaps = (1 / top).expand(-1, grid.levels - 1)
     else:

@@ -18,17 +18,28 @@ from ...errors import InputError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """GGUF's token types."""
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_SLASHED = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_TEKKEN = rf"{_WORDS[0]}|{_WORDS[1]}|\p{{N}}|{_SLASHED}"
+_GPT4O = rf"{_WORDS[0]}{_CONTRACTIONS}?|{_WORDS[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHED}"
 # Pre-tokenisers that llama.cpp has under a name, as (steps of tokenizer.json, ignore_merges).
 _PRE_TOKENIZERS = {
     "gpt-2": (("ByteLevel regex",), False),
     "smollm": (("Digits", "ByteLevel regex"), False),
     "llama-bpe": ((f"Split {_LLAMA3}", "ByteLevel"), True),
+    "dbrx": ((f"Split {_LLAMA3}", "ByteLevel"), False),
+    "qwen2": ((f"Split {_QWEN2}", "ByteLevel"), False),
+    "tekken": ((f"Split {_TEKKEN}", "ByteLevel"), True),
+    "gpt-4o": ((f"Split {_GPT4O}", "ByteLevel"), False),
 }
-_REMEDY = "Export to hf, which keeps the tokenizer as it is, or add its pre-tokeniser to ppf/export/gguf_tokenizer.py"
+# Both keep what the pattern finds; the patterns above find everything.
+_KEEPING = ("Isolated", False), ("Removed", True)
+_REMEDY = "Export to hf, which keeps the tokenizer as it is, or add its pre-tokeniser to ppf/deliver/export/gguf_tokenizer.py"
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,10 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    chat_template: str | None
+    chat_template: str | list[dict[str, str]] | None
+    """One, or several, each with its "name"."""
+    strips_right: bool
+    """Whether special tokens swallow the white space behind them, as Phi-3's do."""
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Vocabulary:
@@ -76,7 +90,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> 
         add_bos=starts,
         add_eos=ends,
         add_space_prefix=space,
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=_chat_templates(tokenizer),
+        strips_right=any(added["special"] and added["rstrip"] for added in data["added_tokens"]),
     )
 
 
@@ -93,16 +108,21 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Text and type of every id; ids without a token (an embedding that was padded) become unused ones."""
+    """Text and type of every id; ids without a token (an embedding that was padded) become unused ones, added tokens
+    that the embedding has no row for are left out."""
     tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
-    unknown = data["model"].get("unk_token")
-    for token, index in data["model"]["vocab"].items():
-        tokens[index] = token
+    unknown, vocabulary = data["model"].get("unk_token"), data["model"]["vocab"]
+    if (last := max(vocabulary.values(), default=-1)) >= size:
+        raise _unsupported(last, f"is a token of the tokenizer, but the model ends at {size - 1}")
+    for token, index in vocabulary.items():
         is_byte = data["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
-        types[index] = BYTE if is_byte else NORMAL
+        # Gemma's table may name a byte twice, by its number and as the character.
+        if is_byte or types[index] != BYTE:
+            tokens[index], types[index] = token, BYTE if is_byte else NORMAL
     for added in data["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        if added["id"] < size:
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     for index, token in enumerate(tokens):
         if token == unknown:
             types[index] = UNKNOWN
@@ -111,8 +131,10 @@ def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 def _pre_tokenizer(data: dict[str, Any]) -> str:
     """llama.cpp's name of the pre-tokeniser of a byte-level BPE."""
-    if data["normalizer"] is not None:
-        raise _unsupported(data["normalizer"].get("type"), "normalises text before byte-level BPE")
+    for step in _steps(data["normalizer"], "normalizers"):
+        # llama.cpp leaves text as it is. Nearly all text is in this form already.
+        if step["type"] != "NFC":
+            raise _unsupported(step["type"], "normalises text before byte-level BPE")
     steps = tuple(_step(step) for step in _steps(data["pre_tokenizer"], "pretokenizers"))
     found = steps, bool(data["model"].get("ignore_merges"))
     for name, known in _PRE_TOKENIZERS.items():
@@ -134,7 +156,7 @@ def _step(step: dict[str, Any]) -> str:
         return "ByteLevel regex" if step.get("use_regex", True) else "ByteLevel"
     if kind == "Digits" and step["individual_digits"]:
         return "Digits"
-    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+    if kind == "Split" and (step["behavior"], step["invert"]) in _KEEPING:
         return f"Split {step['pattern'].get('Regex')}"
     return kind + " (other options)"
 
@@ -169,6 +191,8 @@ def _space_prefix(data: dict[str, Any]) -> bool:
         else:
             raise _unsupported(step["type"], "normalises text as llama.cpp's SentencePiece does not")
     for step in _steps(data["pre_tokenizer"], "pretokenizers"):
+        if replaced and step["type"] == "Split" and step["pattern"] == {"String": " "}:
+            continue  # there are none any more
         if step["type"] != "Metaspace" or step["replacement"] != "▁" or step.get("split", True):
             raise _unsupported(step["type"], "splits text as llama.cpp's SentencePiece does not")
         prefix, replaced = step["prepend_scheme"] != "never", True
@@ -181,6 +205,13 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether the tokenizer itself puts a begin token before a text, an end token after it."""
     ids = tokenizer("a")["input_ids"]
     return ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id
+
+
+def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]] | None:
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        return [{"name": name, "template": template} for name, template in templates.items()]
+    return templates or None
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, int]:

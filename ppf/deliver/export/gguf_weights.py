@@ -1,65 +1,56 @@
-"""A Llama's weights as llama.cpp wants them: which architecture, which widths, which rows in which order.
+"""A checkpoint's weights as llama.cpp wants them: under its names, rows in its order, constant factors multiplied in.
 
 llama.cpp's ``deci`` graph cannot run some policies as they are: it silently skips a layer whose FFN width is 0 together
 with its attention; it aborts in generation if the last layer has no FFN; and it takes the head size from layer 0. The
-first two are met by an FFN of width 32 that is all zeros, the third by refusing.
+first two are met by an FFN of width 32 that is all zeros, the third by refusing. ``openelm`` knows no absent
+sub-layers at all: they become that FFN, and an attention of one head that is all zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ...errors import InputError
+from ...families.traits import logit_scale
+from ...model.build import LAYERS, TIED
+from ...model.layer import LayerMap
+from ...model.views import attention_of, ffn_of
+from .gguf_architectures import Architecture
+from .gguf_rope import Rotation
 from .source import LAYER_0, Source
 
 ZERO_FFN = 32
 """Width of an FFN that adds nothing: one block of q8_0."""
 
-_ROPE_TYPES = "default", "linear", "llama3"
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+Named = Iterator[tuple[str, Tensor]]
+_EMBEDDING, _LAST_NORM = TIED[1], "model.norm.weight"
+# Layers for which llama.cpp computes the score scale of Gemma 27B from the heads, not from the head size.
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A tensor to write: its GGUF name, its shape [rows, columns] or [n], and how to get it (fp32 or stored dtype)."""
+class Factors:
+    """Constants of a model that its graph does not know, to be multiplied into weights."""
 
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def architecture(source: Source) -> str:
-    """ "llama" for uniform results, which every program on GGML runs; "deci" where layers differ."""
-    return "llama" if source.is_uniform else "deci"
+    query: float = 1.0
+    residual: float = 1.0
+    embedding: float = 1.0
+    last: float = 1.0
 
 
 def needs_zero_ffn(widths: list[tuple[int, int, int]], index: int) -> bool:
-    """Whether layer ``index`` must get an FFN of zeros: it has none, but has attention or is the last."""
+    """Whether layer ``index`` must get an FFN of zeros in ``deci``: it has none, but has attention or is the last."""
     heads, _, channels = widths[index]
     return not channels and (heads > 0 or index == len(widths) - 1)
 
 
-def written_widths(source: Source) -> list[tuple[int, int, int]]:
-    """(query heads, kv heads, FFN width) of every layer as the file states them, zero FFNs included.
+def written_widths(source: Source, architecture: Architecture) -> list[tuple[int, int, int]]:
+    """(query heads, kv heads, FFN width) of every layer as the file states them, sub-layers of zeros included.
 
     Raises ``InputError`` if layer 0 has no attention.
     """
@@ -67,83 +58,180 @@ def written_widths(source: Source) -> list[tuple[int, int, int]]:
     if not widths[0][0]:
         problem = "llama.cpp takes the head size of all layers from layer 0, which has no attention"
         raise InputError("attention heads of layer 0", 0, problem, LAYER_0)
+    if architecture.name == "openelm":
+        return [(heads or 1, kv_heads or 1, channels or ZERO_FFN) for heads, kv_heads, channels in widths]
     return [
         (heads, kv_heads, ZERO_FFN if needs_zero_ffn(widths, index) else channels)
         for index, (heads, kv_heads, channels) in enumerate(widths)
     ]
 
 
-def rope_rows(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k [heads · head_dim, hidden] in the order of llama.cpp's rope.
+def factors_of(source: Source, architecture: Architecture) -> Factors:
+    """What must be multiplied into the weights; ``granite`` has fields for its multipliers."""
+    config, own = source.config, architecture.name
+    if own == "granite":
+        return Factors()
+    heads, size = source.widths[0][0], source.head_dim
+    if config.num_hidden_layers == _GEMMA_27B.get(own):
+        size = config.hidden_size // heads
+    query = _score_scale(source) * sqrt(size)
+    if "one-plus norm" in source.traits:  # Gemma's graphs scale the embedding as it does
+        return Factors(query)
+    embedding = getattr(config, "embedding_multiplier", 1.0)
+    # A tied head sees the scaled embedding; the norm before it takes that back.
+    last = 1 / logit_scale(config) / (embedding if config.tie_word_embeddings else 1.0)
+    return Factors(query, getattr(config, "residual_multiplier", 1.0), embedding, last)
 
-    transformers rotates row j of a head with row j + head_dim/2, llama.cpp row 2j with row 2j + 1.
+
+def weights(
+    source: Source, architecture: Architecture, rotation: Rotation, read: Callable[[str], Tensor] | None = None
+) -> Named:
+    """Everything the file holds, in layer order: GGUF name and tensor, in the stored dtype or fp32.
+
+    ``read`` gives a stored tensor by its name, by default from disk; one layer is in memory at a time.
     """
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
-
-
-def rope_factors(config: PreTrainedConfig, head_dim: int) -> Tensor | None:
-    """What llama.cpp divides the rope's frequencies by, fp32 [head_dim/2]; None if all are 1.
-
-    They are read off the frequencies that transformers computes, whatever the scaling. Raises ``InputError`` for
-    scalings that depend on the text's length or change the attention's scale.
-    """
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in _ROPE_TYPES:
-        remedy = f"Supported: {list(_ROPE_TYPES)}; export to hf instead"
-        raise InputError("rope_type", kind, "cannot be written as fixed factors of the frequencies", remedy)
-    plain = parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim)
-    factors = plain / LlamaRotaryEmbedding(config=config).inv_freq.double()
-    return None if torch.allclose(factors, torch.ones(()).double(), rtol=1e-5) else factors.float()
-
-
-def weights(source: Source) -> Iterator[Weight]:
-    """Everything the file holds, in layer order."""
-    yield _stored(source, "model.embed_tokens.weight")
-    factors = rope_factors(source.config, source.head_dim)
-    if factors is not None:
-        yield Weight("rope_freqs.weight", tuple(factors.shape), lambda: factors)
+    read, factors = read or source.tensor, factors_of(source, architecture)
+    shift = float("one-plus norm" in source.traits)
+    embedding = read(_EMBEDDING)
+    yield "token_embd.weight", _times(embedding, factors.embedding)
+    if architecture.head == "stored" and source.config.tie_word_embeddings:
+        yield "output.weight", embedding
+    yield from rotation.tensors.items()
+    writer = _Layers(source, architecture, rotation, factors, shift)
     for index in range(len(source.widths)):
-        yield from _layer(source, index)
-    yield _stored(source, "model.norm.weight")
+        prefix = f"{LAYERS}{index}."
+        layer = {name.removeprefix(prefix): read(name) for name in source.stored if name.startswith(prefix)}
+        yield from ((f"blk.{index}.{name}", tensor) for name, tensor in writer.layer(index, layer))
+    yield "output_norm.weight", _times(_plus(read(_LAST_NORM), shift), factors.last)
     if not source.config.tie_word_embeddings:
-        yield _stored(source, "lm_head.weight")
+        yield "output.weight", read(TIED[0])
 
 
-def _layer(source: Source, index: int) -> Iterator[Weight]:
-    (heads, kv_heads, channels), prefix = source.widths[index], f"model.layers.{index}."
-    if heads:
-        yield _stored(source, prefix + "input_layernorm.weight")
-        yield _stored(source, prefix + "self_attn.q_proj.weight", heads)
-        yield _stored(source, prefix + "self_attn.k_proj.weight", kv_heads)
-        yield _stored(source, prefix + "self_attn.v_proj.weight")
-        yield _stored(source, prefix + "self_attn.o_proj.weight")
-    if channels:
-        for name in ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-            yield _stored(source, f"{prefix}{name}.weight")
-    elif needs_zero_ffn(source.widths, index):
-        yield from _zero_ffn(index, source.config.hidden_size)
+def planned(source: Source, architecture: Architecture, rotation: Rotation) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of everything that :func:`weights` gives, without reading any."""
+
+    def read(name: str) -> Tensor:
+        return torch.empty(source.stored[name].shape, device="meta")
+
+    return [(name, tuple(tensor.shape)) for name, tensor in weights(source, architecture, rotation, read)]
 
 
-def _stored(source: Source, name: str, rope_heads: int = 0) -> Weight:
-    def read() -> Tensor:
-        weight = source.tensor(name)
-        return rope_rows(weight, rope_heads) if rope_heads else weight
+def paired_rows(rows: Tensor, heads: int, rotated: int) -> Tensor:
+    """Rows of queries or keys [heads · head_dim, …] in the order of a rotation of neighbouring rows.
 
-    return Weight(gguf_name(name), source.stored[name].shape, read)
-
-
-def _zero_ffn(index: int, hidden: int) -> Iterator[Weight]:
-    shapes = {"ffn_norm": (hidden,), "ffn_gate": (ZERO_FFN, hidden), "ffn_up": (ZERO_FFN, hidden)}
-    for name, shape in (shapes | {"ffn_down": (hidden, ZERO_FFN)}).items():
-        fill = float(name == "ffn_norm")
-        yield Weight(f"blk.{index}.{name}.weight", shape, lambda shape=shape, fill=fill: torch.full(shape, fill))
+    transformers rotates row j of a head with row j + rotated/2, llama.cpp row 2j with row 2j + 1.
+    """
+    of_head = rows.unflatten(0, (heads, -1))
+    turned = of_head[:, :rotated].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, of_head[:, rotated:]), 1).flatten(0, 1)
 
 
-def gguf_name(name: str) -> str:
-    """GGUF's name of a weight of a Hugging Face Llama."""
-    stem = name.removesuffix(".weight")
-    if stem.startswith("model.layers."):
-        index, part = stem.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{index}.{_NAMES[part]}.weight"
-    return f"{_NAMES[stem]}.weight"
+@dataclass(frozen=True)
+class _Layers:
+    """What every layer is written with."""
+
+    source: Source
+    architecture: Architecture
+    rotation: Rotation
+    factors: Factors
+    shift: float
+
+    def layer(self, index: int, layer: Mapping[str, Tensor]) -> Named:
+        """Names inside the block, and tensors."""
+        heads, groups, channels = self.source.widths[index]
+        if groups:
+            yield from self._attention(index, layer, heads, groups)
+        elif self.architecture.name == "openelm":
+            yield from self._zero_attention()
+        if channels:
+            yield from self._ffn(index, layer, channels)
+        elif written_widths(self.source, self.architecture)[index][2]:
+            yield from self._zero_ffn()
+
+    def _attention(self, index: int, layer: Mapping[str, Tensor], heads: int, groups: int) -> Named:
+        family = self.source.family
+        part, names = family.attention, LayerMap(family, self.source.structure, index)
+        found, module = attention_of(family, names, layer, groups), family.attention.module
+        # Norms over all heads together are no head norms of a declaration; they keep their names.
+        norms = {role: layer.get(f"{module}.{role}_norm.weight") for role in ("q", "k")}
+        norms |= {role: norm for role, norm in (("q", found.q_norm), ("k", found.k_norm)) if norm is not None}
+        yield from self._norm("attn_norm", found.norm)
+        for role, norm in norms.items():
+            if norm is not None:
+                shifted = _plus(norm, self.shift)
+                yield f"attn_{role}_norm.weight", _times(shifted, self.factors.query) if role == "q" else shifted
+        query = 1.0 if norms["q"] is not None else self.factors.query
+        rows = {
+            "q": (self._turned(found.q, heads, query), self._turned(found.q_bias, heads, query)),
+            "k": (self._turned(found.k, groups), self._turned(found.k_bias, groups)),
+            "v": (found.v, found.v_bias),
+        }
+        if "qkv" in self.architecture.fused:
+            yield "attn_qkv.weight", torch.cat([weight for weight, _ in rows.values()])
+        else:
+            for role, (weight, bias) in rows.items():
+                yield from _both(f"attn_{role}", weight, bias)
+        yield from _both("attn_output", found.o, found.o_bias, self.factors.residual)
+        yield from self._norm("post_attention_norm", found.after)
+
+    def _ffn(self, index: int, layer: Mapping[str, Tensor], channels: int) -> Named:
+        family = self.source.family
+        found = ffn_of(family, LayerMap(family, self.source.structure, index), layer, channels)
+        yield from self._norm("ffn_norm", found.norm)
+        if "gate and up" in self.architecture.fused:
+            yield "ffn_up.weight", torch.cat((found.gate, found.up))
+        else:
+            yield from _both("ffn_gate", found.gate, found.gate_bias)
+            yield from _both("ffn_up", found.up, found.up_bias)
+        yield from _both("ffn_down", found.down, found.down_bias, self.factors.residual)
+        yield from self._norm("post_ffw_norm", found.after)
+
+    def _norm(self, name: str, weight: Tensor | None) -> Named:
+        if weight is not None:
+            yield f"{name}.weight", _plus(weight, self.shift)
+
+    def _turned(self, rows: Tensor | None, heads: int, scale: float = 1.0) -> Tensor | None:
+        """Rows of queries or keys, in the architecture's order, scaled, rotated ones stretched too."""
+        if rows is None:
+            return None
+        rotated, rows = self.rotation.rotated, _times(rows, scale)
+        if self.rotation.stretch != 1.0:
+            rows = rows.float().unflatten(0, (heads, -1))
+            rows = torch.cat((rows[:, :rotated] * self.rotation.stretch, rows[:, rotated:]), 1).flatten(0, 1)
+        return paired_rows(rows, heads, rotated) if self.architecture.paired else rows
+
+    def _zero_attention(self) -> Named:
+        hidden, size = self.source.config.hidden_size, self.source.head_dim
+        yield "attn_norm.weight", torch.ones(hidden)
+        for role in ("q", "k"):
+            yield f"attn_{role}_norm.weight", torch.ones(size)
+        yield "attn_qkv.weight", torch.zeros(3 * size, hidden)
+        yield "attn_output.weight", torch.zeros(hidden, size)
+
+    def _zero_ffn(self) -> Named:
+        hidden = self.source.config.hidden_size
+        yield "ffn_norm.weight", torch.ones(hidden)
+        for name in ("ffn_gate", "ffn_up"):
+            yield f"{name}.weight", torch.zeros(ZERO_FFN, hidden)
+        yield "ffn_down.weight", torch.zeros(hidden, ZERO_FFN)
+
+
+def _score_scale(source: Source) -> float:
+    """What the model multiplies scores by."""
+    scalar = getattr(source.config, "query_pre_attn_scalar", None)
+    usual = (source.head_dim if scalar is None else scalar) ** -0.5
+    return getattr(source.config, "attention_multiplier", usual)
+
+
+def _both(name: str, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Named:
+    yield f"{name}.weight", _times(weight, scale)
+    if bias is not None:
+        yield f"{name}.bias", _times(bias, scale)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if abs(factor - 1) < 1e-9 else tensor.float() * factor
+
+
+def _plus(tensor: Tensor, shift: float) -> Tensor:
+    return tensor.float() + shift if shift else tensor

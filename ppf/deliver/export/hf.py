@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ... import model as models
-from ...checkpoint.checks import REPORT
 from ...checkpoint.hashes import hash_folder
-from ...checkpoint.headers import read_json
+from ...checkpoint.headers import REPORT, read_json
+from ...errors import InputError
+from ...families import Family
 from ...files import new_directory, require_space, write_json, write_text
+from ...model import perlayer
+from ...model.classes import plain_parts
 from .source import Source, check_destination
 
 # What belongs to a checkpoint. Code and pickles that may lie beside it are not taken along.
 _SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".txt", ".md"}
 _OTHER_FILES = 1 << 20
-# PPF's own modules, renamed as transformers names such files.
-_CODE = {"configuration": "configuration_ppf_llama", "modeling": "modeling_ppf_llama"}
-_AUTO_MAP = {
-    "AutoConfig": "configuration_ppf_llama.PPFLlamaConfig",
-    "AutoModel": "modeling_ppf_llama.PPFLlamaModel",
-    "AutoModelForCausalLM": "modeling_ppf_llama.PPFLlamaForCausalLM",
-}
+_AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+# What is added to ppf/model/perlayer.py: the classes of one family, made when the file is imported.
+_FOOTER = '''
+
+# Written by `ppf export --to hf --self-contained`: the classes of this checkpoint.
+from {modeling} import {imported}  # noqa: E402
+
+make_classes(
+    {name!r},
+    {result_type!r},
+    {{{stock}}},
+    {parts!r},
+    __name__,
+)
+'''
 
 
 def to_hf(source: Source, output: str | Path, self_contained: bool = False, force: bool = False) -> dict[str, Any]:
     """Write ``source`` as a Hugging Face folder; returns what ``ppf.json`` says about the export.
 
-    Opened by ``AutoModelForCausalLM`` after ``import ppf``, or, if uniform, by transformers alone. ``self_contained``
-    adds the two modelling files and an ``auto_map``, for readers without PPF: they decide about
-    ``trust_remote_code``, PPF itself never sets it. Uniform results need no code and get none.
+    Opened by the Auto classes where PPF is installed, or, if uniform, by transformers alone. ``self_contained`` adds a
+    file of modelling code and an ``auto_map``, for readers without PPF: they decide about ``trust_remote_code``, PPF
+    itself never sets it. Uniform results need no code and get none. Raises ``InputError`` for ``self_contained``
+    multimodal models.
     """
     facts = {"format": "hf", "self_contained": self_contained and not source.is_uniform}
     if not facts["self_contained"]:
         return write_copy(source, output, facts, force)
-    return write_copy(source, output, facts, force, {"auto_map": _AUTO_MAP}, modelling_code())
+    if source.is_tower:
+        problem = "multimodal models whose text tower is not uniform open only where PPF is installed"
+        raise InputError("self-contained", True, problem, "Drop it, or prune with the same widths in all layers")
+    module, name = f"modeling_{source.family.result_type}", _prefix(source.family)
+    auto_map = {auto: f"{module}.{name}{kind}" for auto, kind in _AUTO_CLASSES.items()}
+    return write_copy(
+        source, output, facts, force, {"auto_map": auto_map}, {f"{module}.py": modelling_code(source.family)}
+    )
 
 
 def write_copy(
@@ -67,26 +84,23 @@ def write_copy(
     return facts
 
 
-def modelling_code() -> dict[str, str]:
-    """PPF's configuration and modelling modules, importing each other under their new names and nothing else of PPF."""
-    home, files = Path(models.__file__).parent, {}
-    for module, name in _CODE.items():
-        text = _alone((home / f"{module}.py").read_text(encoding="utf-8"))
-        for other, renamed in _CODE.items():
-            text = text.replace(f"from .{other} import", f"from .{renamed} import")
-        files[f"{name}.py"] = text
-    return files
+def modelling_code(family: Family) -> str:
+    """One module that makes the classes of a family's results; imports nothing but torch and transformers."""
+    classes = {kind: family.class_name(kind) for kind in ("Config", "Model", "ForCausalLM", "DecoderLayer")}
+    footer = _FOOTER.format(
+        modeling=family.modeling,
+        imported=", ".join(classes.values()),
+        name=_prefix(family),
+        result_type=family.result_type,
+        stock=", ".join(f'"{kind}": {name}' for kind, name in classes.items()),
+        parts=plain_parts(family),
+    )
+    return Path(perlayer.__file__).read_text(encoding="utf-8") + footer
 
 
-def _alone(code: str) -> str:
-    """``code`` without the methods that import from the rest of PPF: its runtime does not come with a folder."""
-    lines = code.splitlines(keepends=True)
-    for cls in reversed([node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]):
-        for method in reversed([node for node in cls.body if isinstance(node, ast.FunctionDef)]):
-            if any(isinstance(node, ast.ImportFrom) and node.level > 1 for node in ast.walk(method)):
-                first = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
-                del lines[first - 2 : method.end_lineno]  # with the blank line above
-    return "".join(lines)
+def _prefix(family: Family) -> str:
+    """What the names of the classes of results begin with."""
+    return f"PPF{family.classes}"
 
 
 def write_report(folder: Path, source: Source, facts: dict[str, Any]) -> None:

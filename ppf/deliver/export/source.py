@@ -1,52 +1,97 @@
-"""What an export starts from: a verified checkpoint and the widths of its layers."""
+"""What an export starts from: a verified checkpoint, its family and the widths of its layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...checkpoint import load_tokenizer, verify
-from ...checkpoint.checks import REPORT, existing_folder, read_config, stored_tensors
-from ...checkpoint.headers import StoredTensor, read_json
+from ...checkpoint import Checkpoint, load_tokenizer, verify
+from ...checkpoint.headers import REPORT, StoredTensor, existing_folder, read_json
 from ...errors import InputError
+from ...families import ATTENTION, Family
+from ...families.traits import traits_of
 from ...files import check_output
-from ...model import PPFLlamaConfig
+from ...model.geometry import head_dim_of, structure_of
+from ...model.structure import Structure
 
 LAYER_0 = "Prune again with a policy that leaves layer 0 at least one kv-group: PPF's own policies do"
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint, dense or pruned. Weights are read one at a time, when asked for."""
+    """An opened checkpoint, dense or pruned; of a multimodal model, its text tower. Weights are read one at a time."""
 
-    folder: Path
-    config: PreTrainedConfig
-    stored: dict[str, StoredTensor]
+    checkpoint: Checkpoint
     report: dict[str, Any]
     """What ``ppf.json`` says; empty for a checkpoint that PPF did not write."""
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.checkpoint.config
+
+    @property
+    def family(self) -> Family:
+        return self.checkpoint.family
+
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The language model's tensors, by the names of a text-only model."""
+        return self.checkpoint.stored
+
+    @property
+    def is_tower(self) -> bool:
+        """True if the folder holds a multimodal model around the language model."""
+        return self.checkpoint.wrapper is not None
+
+    @cached_property
+    def traits(self) -> frozenset[str]:
+        """What the model's arithmetic has beyond a plain Llama's."""
+        return traits_of(self.family, self.config)
 
     @cached_property
     def widths(self) -> list[tuple[int, int, int]]:
         """(query heads, kv heads, FFN channels) of every layer, length L; zeros where a sub-layer is absent."""
-        c = self.config
-        if isinstance(c, PPFLlamaConfig):
-            return c.layer_widths()
-        return [(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size)] * c.num_hidden_layers
+        layers = []
+        for index in range(self.config.num_hidden_layers):
+            widths = self.family.widths(self.config.per_layer_config[index])
+            groups, heads = widths["attention"]
+            layers.append((groups * heads, groups, widths["ffn"][0]))
+        return layers
 
     @property
     def is_uniform(self) -> bool:
-        """True if all layers have the same widths: an ordinary Llama or Mistral."""
-        return not isinstance(self.config, PPFLlamaConfig)
+        """True if all layers have the same widths: an ordinary model of its family."""
+        return self.config.model_type != self.family.result_type
 
     @cached_property
     def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.widths[0][0]
+        return head_dim_of(self.config)
+
+    @cached_property
+    def biases(self) -> frozenset[str]:
+        """What has a bias in any layer: roles of rows ("query"), "attention output", "ffn output"."""
+        found = {name.split(".", 3)[-1].removesuffix(".bias") for name in self.stored if name.endswith(".bias")}
+        roles: set[str] = set()
+        for kind, part in self.family.parts.items():
+            for name, of_name in part.rows.items():
+                roles.update(of_name if f"{part.module}.{name}" in found else ())
+            if part.output_name in found:
+                roles.add(f"{kind} output")
+        return frozenset(roles)
+
+    @cached_property
+    def structure(self) -> Structure:
+        return structure_of(self.family, self.config)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -55,19 +100,16 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """One weight, in its stored dtype, on the CPU."""
-        with safe_open(self.stored[name].file, framework="pt") as reader:
-            return reader.get_tensor(name)
+        return self.checkpoint.tensor(name)
 
 
 def open_source(path: str | Path) -> Source:
     """Check a checkpoint (files, shapes, recorded SHA-256) and open it; raises ``InputError``. Reads no weights yet."""
     folder = existing_folder(path)
     _require_attention_in_layer_0(folder)
-    config = read_config(folder)
-    stored = stored_tensors(folder, config)
+    checkpoint = Checkpoint(folder)
     verify(folder)
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    return Source(folder, config, stored, report)
+    return Source(checkpoint, read_json(folder / REPORT) if (folder / REPORT).is_file() else {})
 
 
 def check_destination(source: Source, output: str | Path, force: bool) -> None:
@@ -82,6 +124,6 @@ def _require_attention_in_layer_0(folder: Path) -> None:
     """Said here and not by the config class, whose message cannot know what to do about it."""
     layers = read_json(folder / "config.json").get("per_layer_config")
     first = {int(index): layer for index, layer in layers.items()}.get(0, {}) if isinstance(layers, dict) else {}
-    if isinstance(first, dict) and 0 in (first.get("num_attention_heads"), first.get("num_key_value_heads")):
+    if isinstance(first, dict) and 0 in (first.get(field) for field in ATTENTION.widths):
         problem = "is 0, and every reader takes the cache's geometry from layer 0"
         raise InputError("attention heads of layer 0", folder / "config.json", problem, LAYER_0)

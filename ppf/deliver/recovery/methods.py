@@ -10,10 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ...families import family_of
 from .settings import RecoverySettings
-
-# Every linear layer of a Llama's decoder.
-_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def require_installed(method: str) -> None:
@@ -67,9 +65,10 @@ def _add_lora(model: PreTrainedModel, settings: RecoverySettings) -> Any:
     """Put LoRA's layers into ``model``, initialised from the seed; returns the wrapper that can merge them."""
     from peft import LoraConfig, get_peft_model
 
-    # The update starts at zero (B = 0) and is scaled by alpha / rank = 2.
+    # Every linear layer of the decoder. The update starts at zero (B = 0) and is scaled by alpha / rank = 2.
+    linear = list(family_of(model.config.model_type).projections())
     config = LoraConfig(
-        r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=0.0, target_modules=list(_LINEAR), bias="none"
+        r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=0.0, target_modules=linear, bias="none"
     )
     devices = [model.device.index or 0] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # the caller's random state is not ours to advance

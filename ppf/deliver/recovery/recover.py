@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 
 from ... import checkpoint
 from ..._version import versions
-from ...checkpoint.checks import REPORT, existing_folder, read_config
+from ...checkpoint.checks import REPORT, existing_folder
 from ...checkpoint.hashes import sha256_of
 from ...checkpoint.headers import read_json
 from ...checkpoint.writing import model_bytes
 from ...errors import InputError
 from ...files import check_output, require_space
 from ...fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
+from ...fitting.reader import Reader
 from ...fitting.run import Protocol
 from ...progress import Progress, silent
-from ...text import check_context, pack, read_tokens
 from .corpus import Corpus
 from .methods import Student, require_installed
 from .objective import Objective
@@ -55,9 +55,7 @@ def recover(
     wrong with the arguments, before any work, and ``PPFError`` if the training diverges.
     """
     job = _check(Path(pruned), text, Path(output), settings or RecoverySettings(), teacher, device, force)
-    tokenizer = checkpoint.load_tokenizer(job.pruned)
-    sequences = pack(read_tokens(job.text, tokenizer), job.settings.sequence_length)
-    corpus = Corpus.of(sequences)
+    corpus = Corpus.of(job.reader.sequences(job.text))
     model = checkpoint.load(job.pruned, device=str(job.device))
     dense = None if job.teacher is None else checkpoint.load(job.teacher, device=str(job.device))
     before = _measure(model, corpus, progress)
@@ -71,7 +69,8 @@ def recover(
     recovered = student.merged()
     after = _measure(recovered, corpus, progress)
     report = _report(job, corpus, (before, after, dense_measured), losses, seconds)
-    checkpoint.save(recovered, tokenizer, job.output, report, force)
+    source = checkpoint.Checkpoint(job.pruned)
+    checkpoint.save(recovered, job.reader.tokenizer, job.output, report, force, source)
     job.unfinished.remove()
     return report
 
@@ -86,6 +85,7 @@ class _Job:
     device: torch.device
     report: dict[str, Any]
     unfinished: Unfinished
+    reader: Reader
 
 
 def _check(
@@ -99,8 +99,7 @@ def _check(
 ) -> _Job:
     """Everything that can be refused without reading weights."""
     target = checkpoint.resolve_device(device)
-    config = read_config(existing_folder(pruned))
-    check_context(settings.sequence_length, config.max_position_embeddings)
+    reader = Reader.of(existing_folder(pruned), settings.sequence_length)
     require_installed(settings.method)
     report = read_json(pruned / REPORT) if (pruned / REPORT).exists() else {}
     folder = find_teacher(pruned, report, teacher, settings.distillation)
@@ -113,7 +112,7 @@ def _check(
         "settings": settings.to_dict(),
         "device": target.type,
     }
-    return _Job(pruned, Path(text), output, settings, folder, target, report, Unfinished(output, question))
+    return _Job(pruned, Path(text), output, settings, folder, target, report, Unfinished(output, question), reader)
 
 
 def _check_destination(output: Path, force: bool, inputs: dict[str, Path | None]) -> None:
@@ -159,7 +158,7 @@ def _report(
 ) -> dict[str, Any]:
     """The pruned checkpoint's report, extended: "measured" and "dense" are now those of the held-out part."""
     before, after, dense = measured
-    protocol = Protocol.of_file(job.text, corpus.held_out, "last 5 %, not trained on").to_dict()
+    protocol = Protocol.of_file(job.text, corpus.held_out, "last 5 %, not trained on", job.reader.begin).to_dict()
     settings = job.settings
     recovery = {
         "from": str(job.pruned.resolve()),
@@ -172,6 +171,7 @@ def _report(
         "loss": _ends(losses),
         "seconds": seconds,
         "pruned": {name: job.report.get(name) for name in _OF_THE_PRUNED},
+        "earlier": job.report.get("recovery"),
         "versions": versions(),
     }
     kept = {name: value for name, value in job.report.items() if name not in (*_OF_THE_PRUNED, "files")}

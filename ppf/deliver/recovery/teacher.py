@@ -15,7 +15,8 @@ _REMEDY = "Name the dense model with --teacher DIR, or turn distillation off wit
 def find_teacher(
     checkpoint: Path, report: dict[str, Any], given: str | Path | None, distillation: float
 ) -> Path | None:
-    """Folder of the dense model of ``checkpoint``: the ``given`` one, else the one that its ``report`` names.
+    """Folder of the dense model of ``checkpoint``: the ``given`` one, else the one that its ``report`` names; of a
+    result of results, the one that all of them came from.
 
     None if there is no ``distillation``. Raises ``InputError`` if none is named, if the named one is gone or was
     changed since, or if its vocabulary is not the checkpoint's.
@@ -30,6 +31,9 @@ def find_teacher(
 
 
 def _recorded(checkpoint: Path, report: dict[str, Any]) -> Path:
+    """The dense model at the beginning of the chain that ``report`` tells, each result's source under "source"."""
+    while isinstance(report.get("source"), dict):
+        report = report["source"]
     model = report.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("path"), str):
         raise InputError("teacher", "(none)", f"{checkpoint} does not say which dense model it came from", _REMEDY)

@@ -40,12 +40,17 @@ def _rotate_cuda(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _silu_mul_cuda(gate: Tensor, up: Tensor) -> Tensor:
-    plain = gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape and gate.dtype == up.dtype
-    if not (gate.numel() and plain and gate.dtype != torch.float64 and dispatch.triton_available()):
+    plain = gate.shape == up.shape and gate.dtype == up.dtype != torch.float64 and _in_rows(gate) and _in_rows(up)
+    if not (gate.numel() and plain and dispatch.triton_available()):
         return silu_mul_reference(gate, up)
     from ppf.kernels import elementwise
 
     return elementwise.silu_mul(gate, up)
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Contiguous, or a matrix whose rows are: the prefix of a wider product."""
+    return x.is_contiguous() or (x.dim() == 2 and x.stride(-1) == 1)
 
 
 def _row_losses_cuda(logits: Tensor, targets: Tensor) -> Tensor:

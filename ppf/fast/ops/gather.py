@@ -3,8 +3,9 @@
 ``gather_rows``, ``gather_columns`` and ``gather_many`` take 2-D float16, bfloat16 or float32 tensors on the CPU or a
 CUDA device; rows may lie any distance apart (a view ``w[:, :k]`` is read in place). Index lists are 1-D int32 or int64,
 any order, repetitions allowed, and live on the host, where a ranking lives and where they are checked before anything
-is written or launched; or they come as an :class:`~ppf.fast.ops.index.Index`, checked once and kept on each device (which a
-CUDA graph needs). The raw ``torch.ops.ppf`` forms take either a host list or the int32 list that ``Index.on`` returned.
+is written or launched; or they come as an :class:`~ppf.fast.ops.index.Index`, checked once and kept on each device
+(which a CUDA graph needs). The raw ``torch.ops.ppf`` forms take either a host list or the int32 list that ``Index.on``
+returned.
 
 Gradients flow to the gathered tensors (the scatter-add of the result's gradient). Where the native code has no kernels
 for a CUDA device, tensors there fall back to ``torch.index_select`` with one warning.

@@ -114,7 +114,9 @@ def grouped_outputs_reference(x: Tensor, weight: Tensor, widths: Sequence[int]) 
 
 def grouped_inputs_reference(x: Tensor, weights: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     """One product per group over its first widths[p] columns: [P, T, N]."""
-    return torch.stack([F.linear(x[p, :, :w], _weight(weights, p)[:, :w]) for p, w in enumerate(widths)])
+    # A copy of x: in bf16 on CPUs with AMX, torch multiplies what lies past the columns of a view with zeros, NaN too.
+    kept = [x[p, :, :w].contiguous() for p, w in enumerate(widths)]
+    return torch.stack([F.linear(part, _weight(weights, p)[:, : part.shape[1]]) for p, part in enumerate(kept)])
 
 
 def grouped_gate_up_reference(x: Tensor, gate: Tensor, up: Tensor, widths: Sequence[int]) -> Tensor:

@@ -49,6 +49,6 @@ def measure_many(
 def _require_finite(evaluator: Evaluator, policy: Policy, value: float) -> None:
     if not math.isfinite(value):
         raise PPFError(
-            f"the log-perplexity of {policy.to_json()} is {value}: activations overflow in {evaluator.weights.dtype}. "
+            f"the log-perplexity of {policy.to_json()} is {value}: activations overflow in {evaluator.decoder.dtype}. "
             "Convert the checkpoint to bfloat16 or float32"
         )

@@ -1,4 +1,4 @@
-"""Perplexity of a Hugging Face model itself: the protocol of :mod:`ppf.fitting.evaluation`, on real modules."""
+"""Perplexity of a transformers model itself: the protocol of :mod:`ppf.fitting.evaluation`, on real modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import InputError, PPFError
-from ...fast.forward import head_losses
+from ...families.traits import logit_cap, logit_scale
+from ...fast.losses import head_losses, logits
 from ...model.precision import compute_dtype
 from ...progress import Progress, silent
 from ...text import batches
@@ -22,17 +23,18 @@ _PROBE_TOKENS = 8
 def model_log_perplexity(model: PreTrainedModel, sequences: Tensor, progress: Progress = silent) -> float:
     """Mean negative log-likelihood in nats of int64 ``sequences`` [N, T], each scored from its second token on.
 
-    Logits exist for a block of tokens at a time, so that a vocabulary of 128k fits. ``progress`` counts tokens.
-    Raises ``InputError`` for a model whose logits are not its head applied to its hidden states, and ``PPFError`` if
-    the result is not finite.
+    Logits exist for a block of tokens at a time, so that a vocabulary of 256k fits. ``progress`` counts tokens.
+    Raises ``InputError`` for a model whose logits are not its head applied to its hidden states, scaled and capped as
+    its configuration says, and ``PPFError`` if the result is not finite.
     """
-    _require_plain_head(model, sequences[:1, :_PROBE_TOKENS])
-    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+    head = model.get_output_embeddings().weight
+    scale, cap = logit_scale(model.config), logit_cap(model.config)
+    _require_plain_head(model, head, scale, cap, sequences[:1, :_PROBE_TOKENS])
     total, scored = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches(sequences, model.device):
         tokens = batch.to(model.device)
-        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        total += head_losses(hidden, head, tokens).double().sum()
+        hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        total += head_losses(hidden, head, tokens, scale, cap).double().sum()
         scored += tokens.numel()
         progress("score", scored, sequences.numel())
     count, length = sequences.shape
@@ -48,11 +50,11 @@ def in_compute_dtype(model: PreTrainedModel) -> PreTrainedModel:
     return model if dtype is model.dtype else copy.deepcopy(model).to(dtype)
 
 
-def _require_plain_head(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Some architectures scale or cap their logits after the head; scoring in blocks would miss that."""
+def _require_plain_head(model: PreTrainedModel, head: Tensor, scale: float, cap: float | None, tokens: Tensor) -> None:
+    """Nobody believes a configuration either: a transform that PPF does not know would be missed silently."""
     tokens = tokens.to(model.device)
-    logits = model(input_ids=tokens, use_cache=False).logits
+    expected = model(input_ids=tokens, use_cache=False).logits
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    if not torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=0.02, atol=0.02, equal_nan=True):
+    if not torch.allclose(logits(hidden, head, scale, cap), expected, rtol=0.02, atol=0.02, equal_nan=True):
         problem = "its logits are not its output embedding applied to its hidden states"
-        raise InputError("model", type(model).__name__, problem, "Score a Llama, a Mistral or a result of PPF")
+        raise InputError("model", type(model).__name__, problem, "Score a model of one of PPF's families")

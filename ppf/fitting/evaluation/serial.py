@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...fast.forward import accumulate, attention_inner, ffn_inner, norm, rope, token_losses
+from ...families import KINDS
+from ...fast.losses import token_losses
 from ...fast.plan import Step, executed, walk
+from ...fast.sublayers import sublayers_of
+from ...model.decoder import Decoder
 from ...model.grid import Grid
-from ...model.weights import DecoderWeights
 from ...text import batches
 from ..library import Library
 
@@ -26,23 +27,21 @@ _DENSE_BYTES = 2 << 30
 class Serial:
     """Evaluates levels in execution order (attention 0, FFN 0, attention 1, …) on int64 ``sequences`` [N, T]."""
 
-    def __init__(self, weights: DecoderWeights, grid: Grid, sequences: Tensor, library: Library | None):
-        self.weights, self.grid, self.library = weights, grid, library
-        self.parts = batches(sequences, weights.device)
-        self._cos_sin = rope(weights, sequences.shape[1])
+    def __init__(self, decoder: Decoder, grid: Grid, sequences: Tensor, library: Library | None):
+        self.decoder, self.grid, self.library = decoder, grid, library
+        self.parts = batches(sequences, decoder.device)
+        self._run_sublayer = sublayers_of(decoder)
         self._dense_levels = executed(grid.maximum)
         self._dense: list[list[Tensor]] = [[] for _ in self.parts]  # of every part: depth 0, 1, …
-        self._depth_limit = _DENSE_BYTES // max(
-            1, sequences.numel() * weights.structure.hidden * weights.dtype.itemsize
-        )
+        self._depth_limit = _DENSE_BYTES // max(1, sequences.numel() * grid.structure.hidden * decoder.dtype.itemsize)
 
     @torch.no_grad()
     def losses(self, levels: Sequence[Sequence[int]]) -> Tensor:
         """Summed negative log-likelihood of every policy, fp64 [P] in nats."""
-        total = torch.zeros(len(levels), dtype=torch.float64, device=self.weights.device)
+        total = torch.zeros(len(levels), dtype=torch.float64, device=self.decoder.device)
 
         def add(index: int, part: int, hidden: Tensor) -> None:
-            total[index] += token_losses(self.weights, hidden, self.parts[part]).double().sum()
+            total[index] += token_losses(self.decoder.frame, hidden, self.parts[part]).double().sum()
 
         self.visit(levels, add)
         return total
@@ -74,7 +73,7 @@ class Serial:
             return depth, stack[depth].clone()
         known, depth = self._dense[part], min(depth, self._depth_limit)
         if not known:
-            known.append(F.embedding(self.parts[part], self.weights.embedding))
+            known.append(self.decoder.frame.begin(self.parts[part]))
         while len(known) <= depth:
             at = len(known) - 1
             known.append(self._advance(known[at].clone(), at, self._dense_levels[at]))
@@ -84,15 +83,8 @@ class Serial:
         """Activations after sub-layer ``depth`` at ``level``; may overwrite x [B, T, hidden]."""
         if not level:
             return x
-        w, s, index = self.weights, self.grid.structure, depth // 2
-        layer = w.layers[index]
-        if depth % 2 == 0:
-            normed = norm(x, layer.attention_norm, w.epsilon)
-            inner = attention_inner(normed, layer, s, self._cos_sin, level)
-            return accumulate(x, inner, self._output(index, level, layer.o[:, : level * s.group_rows]))
-        width = level * self.grid.ffn_multiple
-        inner = ffn_inner(norm(x, layer.ffn_norm, w.epsilon), layer, width)
-        return accumulate(x, inner, self._output(s.layers + index, level, layer.down[:, :width]))
-
-    def _output(self, sublayer: int, level: int, dense_prefix: Tensor) -> Tensor:
-        return dense_prefix if self.library is None else self.library.weight(sublayer, level)
+        index, kind = depth // 2, KINDS[depth % 2]
+        sublayer = index + (depth % 2) * self.grid.structure.layers
+        told = self.decoder.frame.context(*x.shape[:2])[index]
+        output = None if self.library is None else self.library.weight(sublayer, level)
+        return self._run_sublayer(index, kind, level * self.grid.steps[sublayer], output, x, told)

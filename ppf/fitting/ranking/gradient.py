@@ -1,69 +1,71 @@
 """Rankings by gradients: how much the loss would change, to first order, if a unit's weights became zero.
 
-These look at the whole model at once, through its loss on a little calibration text, and give every channel of o and
-down the score of all weights that go with it: its column, the rows of q, gate and up that feed it, and its share of the
-rows of k and v, which g query heads have in common.
+These look at the whole model at once, through its loss on a little calibration text, and give every column of an output
+projection the score of all weights that go with it: the column, the rows that feed it, and its share of the rows of
+keys and values, which g query heads have in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ...fast.plain import masked_losses
+from ...families import KINDS
+from ...model.decoder import Decoder
 from ...model.grid import Grid
-from ...model.weights import DecoderWeights, LayerWeights
+from ...model.layer import Layer
 from ...text import take_tokens
+from ..masked import masked_losses
 
 GRADIENT_RANKINGS = "taylor", "loraprune"
-_MATRICES = "q", "k", "v", "o", "gate", "up", "down"
 # LLM-Pruner takes the gradient over ten short samples.
 _TAYLOR_TOKENS = 8_192
 # LoRAPrune: rank, steps of fine-tuning, learning rate, weight of the past in the moving average, tokens a step.
 _RANK, _STEPS, _RATE, _MEMORY, _STEP_TOKENS = 8, 20, 1e-3, 0.9, 2_048
 
-Scores = tuple[Tensor, Tensor]
-"""One layer's channel scores, fp32: of o's inputs [G·g·d] and of down's [C]."""
+Scores = Mapping[str, Tensor]
+"""One layer's scores by kind of sub-layer, fp32: of every input of its output projection."""
 
 
-def gradient_scores(name: str, weights: DecoderWeights, sequences: Tensor, seed: int) -> list[Scores]:
-    """Channel scores of every layer for the ranking ``name``; ``weights`` and channels in checkpoint order."""
+def gradient_scores(name: str, decoder: Decoder, sequences: Tensor, seed: int) -> list[Scores]:
+    """Scores of every layer for the ranking ``name``; ``decoder`` and channels in checkpoint order."""
     if name == "taylor":
-        return taylor(weights, sequences)
-    return loraprune(weights, sequences, seed)
+        return taylor(decoder, sequences)
+    return loraprune(decoder, sequences, seed)
 
 
-def taylor(weights: DecoderWeights, sequences: Tensor) -> list[Scores]:
+def taylor(decoder: Decoder, sequences: Tensor) -> list[Scores]:
     """LLM-Pruner (arXiv 2305.11627), first order and element-wise: Σ |w·∂L/∂w| over the coupled weights."""
-    leaves = _replaced(weights, [[m.detach().requires_grad_() for m in layer] for layer in _matrices(weights)])
-    total: list[list[Tensor]] = [[torch.zeros_like(m, dtype=torch.float32) for m in ms] for ms in _matrices(leaves)]
-    parts = _batches(take_tokens(sequences, _TAYLOR_TOKENS), weights)
+    leaves = [_mapped(layer, names, lambda _, w: w.detach().requires_grad_()) for layer, names in _units(decoder)]
+    total = [{n: torch.zeros_like(layer[n], dtype=torch.float32) for n in names} for layer, names in _units(decoder)]
+    parts = _batches(take_tokens(sequences, _TAYLOR_TOKENS), decoder)
+    flat = [leaf[name] for leaf, names in zip(leaves, _names(decoder), strict=True) for name in names]
     for tokens in parts:
-        found = torch.autograd.grad(_loss(leaves, tokens) / len(parts), [m for ms in _matrices(leaves) for m in ms])
-        for held, gradient in zip((m for ms in total for m in ms), found, strict=True):
-            held += gradient.float()
-    salience = (
-        [(w.float() * g).abs() for w, g in zip(*pair, strict=True)]
-        for pair in zip(_matrices(weights), total, strict=True)
-    )
-    return [_channels(weights, layer) for layer in salience]
+        found = iter(torch.autograd.grad(_loss(decoder, leaves, tokens) / len(parts), flat))
+        for sums in total:
+            for name in sums:
+                sums[name] += next(found).float()
+    with torch.no_grad():
+        return [
+            _channels(decoder, index, {n: (layer[n].float() * g).abs() for n, g in total[index].items()})
+            for index, layer in enumerate(decoder.layers)
+        ]
 
 
-def loraprune(weights: DecoderWeights, sequences: Tensor, seed: int) -> list[Scores]:
+def loraprune(decoder: Decoder, sequences: Tensor, seed: int) -> list[Scores]:
     """LoRAPrune (arXiv 2305.18403): Σ |ĝ·w| with ĝ = B′A + BA′ − B′A′ from a LoRA's weights and gradients (primed),
     in a moving average of memory 0.9 over 20 steps of fine-tuning. The pruning itself happens once, at the end."""
-    adapters = _Adapters(weights, seed)
+    adapters = _Adapters(decoder, seed)
     optimiser = torch.optim.AdamW([t for pair in adapters.pairs() for t in pair], lr=_RATE)
     average: list[Scores] | None = None
     per_step = max(1, _STEP_TOKENS // sequences.shape[1])
     for step in range(_STEPS):
         at = torch.arange(step * per_step, (step + 1) * per_step) % len(sequences)
         optimiser.zero_grad()
-        _loss(adapters.merged(), sequences[at].to(weights.device)).backward()
-        now = [_channels(weights, layer) for layer in adapters.salience()]
+        _loss(decoder, adapters.merged(), sequences[at].to(decoder.device)).backward()
+        now = [_channels(decoder, index, layer) for index, layer in enumerate(adapters.salience())]
         average = now if average is None else [_mixed(*pair) for pair in zip(average, now, strict=True)]
         optimiser.step()
     return average
@@ -72,9 +74,12 @@ def loraprune(weights: DecoderWeights, sequences: Tensor, seed: int) -> list[Sco
 class _Adapters:
     """A LoRA of rank 8 on every projection, B zero and A random."""
 
-    def __init__(self, weights: DecoderWeights, seed: int):
-        self.weights, generator = weights, torch.Generator().manual_seed(seed)
-        self.layers = [[self._pair(m, generator) for m in layer] for layer in _matrices(weights)]
+    def __init__(self, decoder: Decoder, seed: int):
+        self.decoder, generator = decoder, torch.Generator().manual_seed(seed)
+        self.layers = [
+            {name: self._pair(layer[name], generator) for name in names if layer[name].dim() == 2}
+            for layer, names in _units(decoder)
+        ]
 
     @staticmethod
     def _pair(matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -84,55 +89,70 @@ class _Adapters:
         return b.to(matrix.device).requires_grad_(), a.to(matrix.device).requires_grad_()
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (pair for layer in self.layers for pair in layer)
+        return (pair for layer in self.layers for pair in layer.values())
 
-    def merged(self) -> DecoderWeights:
-        """The model with W + B·A in the place of every W."""
-        both = zip(_matrices(self.weights), self.layers, strict=True)
-        merged = [[w + (b @ a).to(w.dtype) for w, (b, a) in zip(ws, pairs, strict=True)] for ws, pairs in both]
-        return _replaced(self.weights, merged)
+    def merged(self) -> list[Layer]:
+        """The layers with W + B·A in the place of every W."""
+        return [
+            dict(layer) | {n: layer[n] + (b @ a).to(layer[n].dtype) for n, (b, a) in pairs.items()}
+            for layer, pairs in zip(self.decoder.layers, self.layers, strict=True)
+        ]
 
     @torch.no_grad()
-    def salience(self) -> Iterator[list[Tensor]]:
+    def salience(self) -> Iterator[dict[str, Tensor]]:
         """|ĝ·w| of every projection, layer by layer."""
-        for matrices, pairs in zip(_matrices(self.weights), self.layers, strict=True):
-            yield [
-                ((b.grad @ a + b @ a.grad - b.grad @ a.grad) * w.float()).abs()
-                for w, (b, a) in zip(matrices, pairs, strict=True)
-            ]
+        for layer, pairs in zip(self.decoder.layers, self.layers, strict=True):
+            yield {
+                n: ((b.grad @ a + b @ a.grad - b.grad @ a.grad) * layer[n].float()).abs() for n, (b, a) in pairs.items()
+            }
 
 
-def _channels(weights: DecoderWeights, salience: Sequence[Tensor]) -> Scores:
-    """Channel scores of one layer from element-wise saliences of q, k, v, o, gate, up, down."""
-    s = weights.structure
-    q, k, v, o, gate, up, down = salience
-    shared = (k.sum(1) + v.sum(1)).view(s.kv_groups, 1, s.head_dim) / s.heads_per_group
-    attention = o.sum(0) + q.sum(1) + shared.expand(-1, s.heads_per_group, -1).flatten()
-    return attention.float(), (down.sum(0) + gate.sum(1) + up.sum(1)).float()
+def _channels(decoder: Decoder, index: int, salience: Mapping[str, Tensor]) -> Scores:
+    """Scores of one layer's columns from element-wise saliences of its tensors, by name."""
+    names, structure, scores = decoder.names(index), decoder.structure, {}
+    for kind in KINDS:
+        sublayer = structure.of(kind)[index]
+        total = torch.zeros(sublayer.width, device=decoder.device)
+        for unit in names.unit_tensors(decoder.layers[index], kind):
+            if unit.name not in salience:
+                continue
+            found = salience[unit.name]
+            sums = found.sum(1 - unit.dim) if found.dim() == 2 else found
+            sizes = [sublayer.units * block for _, block in unit.segments]
+            for (_, block), rows in zip(unit.segments, sums.split(sizes), strict=True):
+                # A row of a key or value serves the same channel of all query heads of its group.
+                shared = sublayer.columns // block
+                total += (rows.view(sublayer.units, 1, block) / shared).expand(-1, shared, -1).flatten()
+        scores[kind] = total.float()
+    return scores
 
 
 def _mixed(past: Scores, now: Scores) -> Scores:
-    attention, ffn = (_MEMORY * a + (1 - _MEMORY) * b for a, b in zip(past, now, strict=True))
-    return attention, ffn
+    return {kind: _MEMORY * past[kind] + (1 - _MEMORY) * now[kind] for kind in now}
 
 
-def _matrices(weights: DecoderWeights) -> list[list[Tensor]]:
-    return [[getattr(layer, name) for name in _MATRICES] for layer in weights.layers]
+def _names(decoder: Decoder) -> list[list[str]]:
+    """The tensors of every layer that units have a part in."""
+    return [
+        [u.name for kind in KINDS for u in decoder.names(i).unit_tensors(layer, kind)]
+        for i, layer in enumerate(decoder.layers)
+    ]
 
 
-def _replaced(weights: DecoderWeights, matrices: list[list[Tensor]]) -> DecoderWeights:
-    def layer(old: LayerWeights, new: list[Tensor]) -> LayerWeights:
-        return replace(old, **dict(zip(_MATRICES, new, strict=True)))
-
-    return replace(weights, layers=tuple(layer(*pair) for pair in zip(weights.layers, matrices, strict=True)))
+def _units(decoder: Decoder) -> Iterator[tuple[Layer, list[str]]]:
+    return zip(decoder.layers, _names(decoder), strict=True)
 
 
-def _loss(weights: DecoderWeights, tokens: Tensor) -> Tensor:
+def _mapped(layer: Layer, names: Sequence[str], change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    return dict(layer) | {name: change(name, layer[name]) for name in names}
+
+
+def _loss(decoder: Decoder, layers: Sequence[Layer], tokens: Tensor) -> Tensor:
     """Mean loss of the dense model, with a graph."""
-    grid = Grid(weights.structure, 1)
+    grid = Grid(decoder.structure, 1)
     with torch.enable_grad():
-        return masked_losses(weights, grid, list(grid.maximum), tokens).mean()
+        return masked_losses(decoder, grid, list(grid.maximum), tokens, layers).mean()
 
 
-def _batches(sequences: Tensor, weights: DecoderWeights) -> Sequence[Tensor]:
-    return sequences.to(weights.device).split(max(1, _STEP_TOKENS // sequences.shape[1]))
+def _batches(sequences: Tensor, decoder: Decoder) -> Sequence[Tensor]:
+    return sequences.to(decoder.device).split(max(1, _STEP_TOKENS // sequences.shape[1]))

@@ -1,6 +1,6 @@
 """Rankings: which unit goes first. One score per input channel of the output projection, summed over a unit's channels.
 
-W is o_proj or down_proj [hidden, n]; x its input, of which calibration knows the second moments. A ranking is
+W is an output projection [hidden, n]; x its input, of which calibration knows the second moments. A ranking is
 independent of any policy.
 """
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...model.structure import Structure
-from ...model.weights import LayerRanking, LayerWeights
+from ...families import KINDS
+from ...model.decoder import Decoder
+from ...model.layer import LayerRanking
 from ..calibration import LayerStatistics, Moments, Statistics
 from .gradient import GRADIENT_RANKINGS, Scores
 from .obs import removal_scores
@@ -58,7 +59,7 @@ def cfsp(s: Scored) -> Tensor:
 
 
 def obs(s: Scored) -> Tensor:
-    """The round in which channel j's unit leaves, fp32 [n]: see :mod:`ppf.fitting.ranking.obs`. Needs the whole Gram."""
+    """The round in which channel j's unit leaves, fp32 [n]: see :mod:`ppf.fitting.ranking.obs`. Needs the Gram."""
     return removal_scores(s.output, s.statistics.gram, s.unit)
 
 
@@ -88,25 +89,40 @@ def check_ranking(name: str) -> None:
 
 
 def rank_layer(
-    name: str,
-    layer: LayerWeights,
-    statistics: LayerStatistics,
-    structure: Structure,
-    scores: Scores | None = None,
+    name: str, decoder: Decoder, index: int, statistics: LayerStatistics, scores: Scores | None = None
 ) -> LayerRanking:
-    """Units of one layer by falling importance, on the CPU; ties go to the lower index.
+    """Units of layer ``index`` by falling importance, on the CPU; ties go to the lower index.
 
-    ``scores`` are the layer's channel scores where ``name`` is a ranking by gradients.
+    ``scores`` are the layer's where ``name`` is a ranking by gradients.
     """
-    if scores is not None:
-        return LayerRanking(_order(scores[0].view(structure.kv_groups, -1).sum(1)), _order(scores[1]))
-    score = ranking_named(name)
-    # One row of v feeds the same channel of all g query heads of its group, as a row of gate and up feeds a channel.
-    d, g = structure.head_dim, structure.heads_per_group
-    values = layer.v.view(structure.kv_groups, 1, d, -1).expand(-1, g, -1, -1).reshape(-1, layer.v.shape[1])
-    attention = score(Scored(layer.o, statistics.attention, (values,), structure.group_rows))
-    ffn = score(Scored(layer.down, statistics.ffn, (layer.gate, layer.up)))
-    return LayerRanking(_order(attention.view(structure.kv_groups, -1).sum(1)), _order(ffn))
+    return LayerRanking(**{kind: _rank(name, decoder, index, kind, statistics, scores) for kind in KINDS})
+
+
+def _rank(
+    name: str, decoder: Decoder, index: int, kind: str, statistics: LayerStatistics, scores: Scores | None
+) -> Tensor:
+    sublayer = decoder.structure.of(kind)[index]
+    if not sublayer.units:
+        return torch.arange(0)
+    if scores is None:
+        inputs = _inputs(decoder, index, kind)
+        scored = Scored(decoder.output(index, kind), statistics.of(kind), inputs, sublayer.columns)
+        found = ranking_named(name)(scored)
+    else:
+        found = scores[kind]
+    return _order(found.view(sublayer.units, -1).sum(1))
+
+
+def _inputs(decoder: Decoder, index: int, kind: str) -> tuple[Tensor, ...]:
+    """Matrices [n, hidden] whose row j makes channel j of the output projection's input."""
+    sublayer = decoder.structure.of(kind)[index]
+    if kind == "ffn":
+        view = decoder.ffn(index, sublayer.units)
+        return view.gate, view.up
+    # One row of v feeds the same channel of all g query heads of its group.
+    values, d = decoder.attention(index, sublayer.units).v, decoder.structure.head_dim
+    grouped = values.view(sublayer.units, 1, d, -1).expand(-1, sublayer.columns // d, -1, -1)
+    return (grouped.reshape(sublayer.width, -1),)
 
 
 def _order(scores: Tensor) -> Tensor:

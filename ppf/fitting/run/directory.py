@@ -1,4 +1,4 @@
-"""A run: what ``ppf fit`` leaves behind, and everything one can ask of it afterwards.
+"""A run: what ``ppf fit`` leaves behind on disk, and the answers that need no weights.
 
 RUN/run.json                 model, fingerprint, structure, settings, texts, state
 RUN/texts.safetensors        token sequences of calibration and evaluation
@@ -22,22 +22,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
 
-from ... import checkpoint
+from ...checkpoint import fingerprint
 from ...choose.agent import Agent
 from ...choose.budget.projection import check_ratio
 from ...choose.predictor import Prediction, Predictor, make_predictor
 from ...errors import InputError
+from ...families import KINDS
+from ...model.layer import LayerRanking
 from ...model.policy import Policy
-from ...model.precision import compute_dtype
 from ...model.structure import Structure
-from ...model.weights import DecoderWeights, LayerRanking
-from ..calibration import Moments
-from ..evaluation import Evaluator
+from ..calibration import LayerStatistics, Moments
 from ..experience import Experience
-from ..library import TENSORS, Library, fits_on_device, load_refits
-from ..materialise import materialize
 from .settings import Settings
 
 MANIFEST, ROUNDS = "run.json", "rounds.json"
@@ -48,10 +44,11 @@ _FIELDS = {"model": str, "fingerprint": str, "structure": dict, "settings": dict
 
 @dataclass(frozen=True)
 class Answer:
-    """The agent's answer to a requested ratio. ``milliseconds`` is the agent's time, projection included."""
+    """The agent's answer to a request; ``requested_ratio`` is None if that was in another unit. ``milliseconds`` is the
+    agent's time, projection included."""
 
     policy: Policy
-    requested_ratio: float
+    requested_ratio: float | None
     delivered_ratio: float
     predicted_log_perplexity: float
     predicted_std: float
@@ -59,18 +56,14 @@ class Answer:
 
 
 class Run:
-    """An opened run directory. Weights are loaded when first needed; :meth:`policy` needs none."""
+    """An opened run directory. What needs the model's weights is a :class:`ppf.fitting.session.Session`."""
 
-    def __init__(self, path: str | Path, device: str = "cpu", dense: LlamaForCausalLM | None = None):
-        """Open ``path``; ``dense`` is the run's model if the caller has it loaded already."""
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self.device = checkpoint.resolve_device(device)
         self.settings = Settings.from_dict(self.manifest["settings"])
-        self.structure = Structure(**self.manifest["structure"])
+        self.structure = Structure.from_dict(self.manifest["structure"])
         self.grid = self.settings.grid(self.structure)
-        if dense is not None:
-            self.dense = dense
 
     @property
     def model_path(self) -> Path:
@@ -117,66 +110,31 @@ class Run:
         return self.predictor(self.grid.encode([policy]))
 
     @cached_property
-    def dense(self) -> LlamaForCausalLM:
-        """The dense model. Raises ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
-        self.require_model()
-        return checkpoint.load_dense(self.model_path, device=str(self.device))
-
-    def require_model(self) -> None:
-        """Raise ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
-        if checkpoint.fingerprint(self.model_path) != self.manifest["fingerprint"]:
-            problem = f"is not the model that {self.path} was fitted on"
-            raise InputError("model", self.model_path, problem, "Put the original checkpoint back, or fit a new run")
-
-    @cached_property
-    def weights(self) -> DecoderWeights:
-        """The dense weights in checkpoint order and dtype."""
-        return DecoderWeights.from_model(self.dense)
-
-    @cached_property
-    def permuted(self) -> DecoderWeights:
-        """The dense weights with every layer's units in ranking order."""
-        return self.weights.permuted(self.ranking)
-
-    @cached_property
     def ranking(self) -> list[LayerRanking]:
-        names = "ranking.attention", "ranking.ffn"
-        files = (layer_file("statistics", index) for index in range(self.structure.layers))
-        return [LayerRanking(*map(self._tensors(file, *names).get, names)) for file in files]
+        """Every layer's units by falling importance."""
+        found = []
+        for index in range(self.structure.layers):
+            tensors = self.tensors(layer_file("statistics", index), *(f"ranking.{kind}" for kind in KINDS))
+            found.append(LayerRanking(**{kind: tensors[f"ranking.{kind}"] for kind in KINDS}))
+        return found
 
-    def moments(self, index: int) -> tuple[Moments, Moments]:
-        """Channel moments of one layer's o and down inputs over the calibration text, in checkpoint order."""
-        names = [f"{kind}.{part}" for kind in ("attention", "ffn") for part in ("mean", "variance")]
-        tensors = self._tensors(layer_file("statistics", index), *names)
-        return Moments(*(tensors[name] for name in names[:2])), Moments(*(tensors[name] for name in names[2:]))
-
-    @cached_property
-    def library(self) -> Library:
-        """All refits in the checkpoint's dtype; their factors on the device if there is room, else mapped files."""
-        layers = self.permuted.layers
-        room = fits_on_device(self.grid, self.weights.dtype, self.device)
-        files = (self._tensors(layer_file("library", index), *TENSORS) for index in range(self.structure.layers))
-        pairs = [load_refits(tensors, layer, self.grid, room) for tensors, layer in zip(files, layers, strict=True)]
-        return Library([attention for attention, _ in pairs] + [ffn for _, ffn in pairs])
+    def moments(self, index: int) -> LayerStatistics:
+        """Moments of the inputs of one layer's output projections over the calibration text, in checkpoint order."""
+        kinds = [kind for kind in KINDS if self.structure.of(kind)[index].units]
+        names = [f"{kind}.{part}" for kind in kinds for part in ("mean", "variance")]
+        tensors = self.tensors(layer_file("statistics", index), *names)
+        found = {kind: Moments(tensors[f"{kind}.mean"], tensors[f"{kind}.variance"]) for kind in kinds}
+        return LayerStatistics(**{kind: found.get(kind) for kind in KINDS})
 
     def sequences(self, part: str = "evaluation") -> Tensor:
         """Token sequences int64 [N, T] of "calibration" or "evaluation"."""
-        return self._tensors("texts.safetensors", part)[part].to(torch.int64)
+        return self.tensors("texts.safetensors", part)[part].to(torch.int64)
 
-    def evaluator(
-        self, dtype: torch.dtype | None = None, refit: bool = True, sequences: Tensor | None = None
-    ) -> Evaluator:
-        """Masked evaluation of this run's model on its evaluation text (or on ``sequences`` int64 [N, T])."""
-        dtype = dtype or compute_dtype(self.weights.dtype, self.device)
-        sequences = self.sequences() if sequences is None else sequences
-        return Evaluator(self.permuted.to(dtype), self.grid, sequences, self.library.to(dtype) if refit else None)
-
-    def materialize(self, policy: Policy, refit: bool = True) -> PreTrainedModel:
-        """The physically smaller model of ``policy``, in the checkpoint's dtype on this run's device."""
-        library = self.library if refit else None
-        model = materialize(self.dense.config, self.weights, self.ranking, self.grid, policy, library)
-        model.generation_config = self.dense.generation_config
-        return model
+    def require_model(self) -> None:
+        """Raise ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
+        if fingerprint(self.model_path) != self.manifest["fingerprint"]:
+            problem = f"is not the model that {self.path} was fitted on"
+            raise InputError("model", self.model_path, problem, "Put the original checkpoint back, or fit a new run")
 
     def require_complete(self) -> None:
         """Raise ``InputError`` while the fit is unfinished."""
@@ -184,14 +142,7 @@ class Run:
             remedy = "Start the same `ppf fit` command again: it goes on where it stopped"
             raise InputError("run", self.path, "its fit is not finished", remedy)
 
-    def _loaded(self, module: _Module, name: str) -> _Module:
-        try:
-            module.load_state_dict(self._tensors(name))
-        except RuntimeError as error:  # tensors of another name or shape
-            raise self._damaged(name, error) from None
-        return module.eval()
-
-    def _tensors(self, name: str | Path, *needed: str) -> dict[str, Tensor]:
+    def tensors(self, name: str | Path, *needed: str) -> dict[str, Tensor]:
         """The tensors of one file of this run; raises ``InputError`` if it is damaged or lacks one that is needed."""
         try:
             tensors = load_file(self.path / name)
@@ -201,6 +152,13 @@ class Run:
             if tensor not in tensors:
                 raise self._damaged(name, KeyError(tensor))
         return tensors
+
+    def _loaded(self, module: _Module, name: str) -> _Module:
+        try:
+            module.load_state_dict(self.tensors(name))
+        except RuntimeError as error:  # tensors of another name or shape
+            raise self._damaged(name, error) from None
+        return module.eval()
 
     def _damaged(self, name: str | Path, error: Exception) -> InputError:
         remedy = "Start the same `ppf fit` command again if it was not finished, or fit a new run"
@@ -220,7 +178,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         for name, kind in _FIELDS.items():
             if not isinstance(manifest[name], kind):
                 raise TypeError(name)
-        Settings.from_dict(manifest["settings"]).grid(Structure(**manifest["structure"]))
+        Settings.from_dict(manifest["settings"]).grid(Structure.from_dict(manifest["structure"]))
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "no such folder" if not path.is_dir() else f"no readable {MANIFEST} in it ({type(error).__name__})"

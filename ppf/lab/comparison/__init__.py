@@ -15,22 +15,25 @@ from typing import Any
 import torch
 
 from ..._version import versions
-from ...checkpoint import load_tokenizer
+from ...checkpoint import read_config
 from ...choose.budget.projection import check_ratio
 from ...errors import InputError
+from ...families import family_of
 from ...files import write_json
+from ...fitting.reader import Reader
 from ...fitting.run import Protocol, Run
+from ...fitting.session import Session
 from ...progress import Progress, silent
-from ...text import pack, read_tokens, take_tokens
+from ...text import take_tokens
 from .cells import Cells, compute
-from .methods import ALL, Method, parse_methods
+from .methods import ALL, Method, parse_methods, suited
 from .page import comparison_page
 
 _QUESTION = "question.json"
 
 
 def compare(
-    run: Run,
+    session: Session,
     text: str | Path,
     output: str | Path,
     methods: Sequence[Method],
@@ -43,20 +46,21 @@ def compare(
 
     Writes into ``output`` and returns what ``comparison.json`` holds. If ``output`` holds an unfinished comparison of
     the same run and text, its finished cells are kept; methods and ratios may be added. Raises ``InputError`` for
-    anything wrong with the arguments, before any work: among it a ``text`` that policies were chosen on.
+    anything wrong with the arguments, before any work: among it a ``text`` that policies were chosen on, and a method
+    that the model's family does not allow (one that stands here only because of "all" is left out instead).
     """
-    output = Path(output)
+    run, output = session.run, Path(output)
     for ratio in ratios:
         check_ratio(ratio, run.grid)
-    sequences = take_tokens(
-        pack(read_tokens(text, load_tokenizer(run.model_path)), run.settings.sequence_length), tokens
-    )
+    methods, left_out = suited(methods, family_of(read_config(run.model_path).model_type))
+    sequences = Reader.of(run.model_path, run.settings.sequence_length).sequences(text)
+    sequences = take_tokens(sequences, tokens)
     part = "all of it" if tokens is None else "evenly spaced sequences"
     protocol = Protocol.of_file(text, sequences, part)
     _require_other_text(run, protocol)
     _ask(output, {"run": _identity(run), "protocol": protocol.to_dict(), "seed": seed})
-    cells = compute(Cells(run, sequences, output / "cells", seed), methods, ratios, progress)
-    data = _summary(run, protocol, seed, ratios, cells)
+    cells = compute(Cells(session, sequences, output / "cells", seed), methods, ratios, progress)
+    data = _summary(session, protocol, seed, ratios, cells) | {"left_out": left_out}
     write_json(output / "comparison.json", data)
     comparison_page(data).write(output / "comparison.html")
     return data
@@ -87,10 +91,10 @@ def _ask(output: Path, question: dict[str, Any]) -> None:
 
 
 def _summary(
-    run: Run, protocol: Protocol, seed: int, ratios: Sequence[float], cells: list[dict[str, Any]]
+    session: Session, protocol: Protocol, seed: int, ratios: Sequence[float], cells: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    run, device = session.run, session.device
     searched = Protocol.of_run(run, run.sequences())
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
     return {
         "run": str(run.path),
         "model": run.manifest["model"],
@@ -98,7 +102,7 @@ def _summary(
         "run_evaluations": run.settings.evaluations,
         "protocol": protocol.to_dict(),
         "search_protocol": searched.to_dict(),
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "seed": seed,
         "versions": versions(),
         "ratios": list(ratios),

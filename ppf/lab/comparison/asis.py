@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...choose.budget import ratio_budget
-from ...fast.plain import masked_losses
+from ...choose.budget import RatioBudget
+from ...families import KINDS, Family
+from ...fast.permute import permuted
 from ...fitting.calibration import LayerStatistics
+from ...fitting.masked import masked_losses
 from ...fitting.ranking import rank_layer
-from ...fitting.run import Run
+from ...fitting.session import Session
+from ...model.decoder import Decoder
+from ...model.grid import Grid
+from ...model.layer import LayerRanking, expand_units
 from ...model.policy import Policy
 from ...model.precision import compute_dtype
-from ...model.weights import DecoderWeights, LayerRanking, expand_units
 from ..peers import PEERS, PeerStatistics
 
 # At once: all their logits are in memory.
@@ -25,43 +29,58 @@ AS_IS = {
 }
 
 
-def measure_as_is(run: Run, name: str, statistics: PeerStatistics, ratio: float, sequences: Tensor) -> tuple:
+def unsuited(name: str, family: Family) -> str | None:
+    """Why the method called ``name`` cannot be run on models of ``family``, as the end of a sentence; None if it can.
+    All but those of :data:`AS_IS` can."""
+    with_biases = name in AS_IS and AS_IS[name][2]
+    if with_biases and any(part.after for part in family.parts.values()):
+        return "adds means to what sub-layers give, and this family has norms behind them"
+    return None
+
+
+def measure_as_is(session: Session, name: str, statistics: PeerStatistics, ratio: float, sequences: Tensor) -> tuple:
     """Policy and log-perplexity on int64 ``sequences`` [N, T] of the masked model, nothing refitted."""
     ranking_name, allocation, with_biases = AS_IS[name]
-    policy = PEERS[allocation].allocate(run.structure, statistics, ratio_budget(run.grid, ratio))
-    ranking = [_rank(run, ranking_name, index) for index in range(run.structure.layers)]
-    weights = run.weights.permuted(ranking).to(compute_dtype(run.weights.dtype, run.device))
-    biases = _biases(run, weights, ranking, policy) if with_biases else {}
-    return policy, _log_perplexity(run, weights, policy, sequences, biases)
+    run = session.run
+    policy = PEERS[allocation].allocate(run.structure, statistics, RatioBudget(run.grid, ratio))
+    moments = [run.moments(index) for index in range(run.structure.layers)]
+    ranking = _ranking(session, ranking_name, moments)
+    decoder = permuted(session.decoder, ranking).to(compute_dtype(session.decoder.dtype, session.device))
+    biases = _biases(decoder, ranking, moments, policy) if with_biases else {}
+    return policy, _log_perplexity(decoder, run.grid, policy, sequences, biases)
 
 
-def _rank(run: Run, name: str, index: int) -> LayerRanking:
-    # Scores that need no gradients look at moments only, which is what a run keeps of its statistics.
-    moments = LayerStatistics(*(m.to(run.device) for m in run.moments(index)))
-    return rank_layer(name, run.weights.layers[index], moments, run.structure)
+def _ranking(session: Session, name: str, moments: list[LayerStatistics]) -> list[LayerRanking]:
+    """Scores that need no gradients look at moments only, which is what a run keeps of its statistics."""
+    found = []
+    for index, layer in enumerate(moments):
+        there = {kind: None if layer.of(kind) is None else layer.of(kind).to(session.device) for kind in KINDS}
+        found.append(rank_layer(name, session.decoder, index, LayerStatistics(**there)))
+    return found
 
 
-def _biases(run: Run, weights: DecoderWeights, ranking: list[LayerRanking], policy: Policy) -> dict[int, Tensor]:
-    """FLAP's compensation by sub-layer: W·x̄ over the removed channels, [hidden]; ``weights`` are in ranking order."""
-    s, biases = run.structure, {}
-    for index, (layer, order) in enumerate(zip(weights.layers, ranking, strict=True)):
-        attention, ffn = run.moments(index)
-        means = attention.mean[expand_units(order.attention, s.group_rows)], ffn.mean[order.ffn]
-        widths = policy.attention[index] * s.group_rows, policy.ffn[index]
-        outputs = layer.o, layer.down
-        for sublayer, output, mean, width in zip((index, s.layers + index), outputs, means, widths, strict=True):
-            removed = output[:, width:].float() @ mean[width:].to(output.device)
-            biases[sublayer] = removed.to(output.dtype)
+def _biases(
+    decoder: Decoder, ranking: list[LayerRanking], moments: list[LayerStatistics], policy: Policy
+) -> dict[int, Tensor]:
+    """FLAP's compensation by sub-layer: W·x̄ over the removed channels, [hidden]. ``decoder`` stands in ranking order,
+    ``moments`` in checkpoint order."""
+    biases, structure = {}, decoder.structure
+    for sublayer, part in enumerate(structure.sublayers):
+        kind, index = KINDS[sublayer // structure.layers], sublayer % structure.layers
+        if part.units:
+            order, kept = expand_units(ranking[index].of(kind), part.columns), policy[kind][index] * part.columns
+            mean = moments[index].of(kind).mean[order][kept:].to(decoder.device)
+            biases[sublayer] = (decoder.output(index, kind)[:, kept:].float() @ mean).to(decoder.dtype)
     return biases
 
 
 @torch.no_grad()
 def _log_perplexity(
-    run: Run, weights: DecoderWeights, policy: Policy, sequences: Tensor, biases: dict[int, Tensor]
+    decoder: Decoder, grid: Grid, policy: Policy, sequences: Tensor, biases: dict[int, Tensor]
 ) -> float:
-    levels = run.grid.encode([policy])[0].tolist()
-    total = torch.zeros((), dtype=torch.float64, device=weights.device)
-    for tokens in sequences.to(weights.device).split(max(1, _TOKENS // sequences.shape[1])):
-        total += masked_losses(weights, run.grid, levels, tokens, biases).double().sum()
+    levels = grid.encode([policy])[0].tolist()
+    total = torch.zeros((), dtype=torch.float64, device=decoder.device)
+    for tokens in sequences.to(decoder.device).split(max(1, _TOKENS // sequences.shape[1])):
+        total += masked_losses(decoder, grid, levels, tokens, biases=biases).double().sum()
     count, length = sequences.shape
     return float(total) / (count * (length - 1))

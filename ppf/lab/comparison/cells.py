@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...choose.budget import ratio_budget
+from ...choose.budget import RatioBudget
 from ...deliver.results import choose
 from ...files import write_json
 from ...fitting.experience import Experience
-from ...fitting.run import Run
+from ...fitting.session import Session
 from ...model.policy import Policy
 from ...progress import Progress, silent
 from ..peers import PEERS, PeerStatistics
@@ -25,17 +25,16 @@ from .methods import Method
 
 
 class Cells:
-    """Computes cells of one run and keeps them in ``folder``.
+    """Computes cells of one session's run and keeps them in ``folder``.
 
     ``report`` int64 [N, T] is the text on which perplexities are reported; policies are chosen on the run's evaluation
     split. Every allocation starts from nothing but the run, in whatever order and company it is computed.
     """
 
-    def __init__(self, run: Run, report: Tensor, folder: Path, seed: int):
-        self.run, self.report, self.folder, self.seed = run, report, folder, seed
-        evaluator = run.evaluator()
-        self.reporter = run.evaluator(sequences=report)
-        self.statistics = PeerStatistics.of_run(run, evaluator, 0, seed)
+    def __init__(self, session: Session, report: Tensor, folder: Path, seed: int):
+        self.session, self.report, self.folder, self.seed = session, report, folder, seed
+        self.run, self.reporter = session.run, session.evaluator(sequences=report)
+        self.statistics = PeerStatistics.of_run(self.run, session.evaluator(), 0, seed)
 
     def cell(self, method: Method, ratio: float) -> dict[str, Any]:
         """What one method gives at one ratio: from its file if that is there, else computed and stored."""
@@ -63,31 +62,31 @@ class Cells:
             "evaluations_given": method.evaluations,
             "evaluations": spent,
             "seconds": seconds,
-            "policy": {"attention": list(policy.attention), "ffn": list(policy.ffn)},
+            "policy": policy.to_dict(),
         }
 
     def _allocate(self, method: Method, ratio: float, statistics: PeerStatistics) -> tuple[Policy, float, float | None]:
         """The policy, the evaluations it took, and its log-perplexity where the evaluator cannot say it."""
         if method.name in AS_IS:
-            policy, value = measure_as_is(self.run, method.name, statistics, ratio, self.report)
+            policy, value = measure_as_is(self.session, method.name, statistics, ratio, self.report)
             return policy, 0, value
         if method.name == "dynamic":
-            return choose(self.run, ratio).policy, 0, None
+            return choose(self.session, ratio).policy, 0, None
         if method.name == "static":
             return self._search(ratio, method.evaluations), method.evaluations, None
-        policy = PEERS[method.name].allocate(self.run.structure, statistics, ratio_budget(self.run.grid, ratio))
+        policy = PEERS[method.name].allocate(self.run.structure, statistics, RatioBudget(self.run.grid, ratio))
         return policy, statistics.meter.spent, None
 
     def _search(self, ratio: float, evaluations: int) -> Policy:
         """PPF's static mode on a copy of the run's experience, so that no cell learns from another."""
         with tempfile.TemporaryDirectory(prefix="ppf-compare-") as folder:
-            copy = Experience(Path(folder) / "experience.sqlite")
+            store = Experience(Path(folder) / "experience.sqlite")
             for row in self.run.experience.rows():
-                copy.append(row)
+                store.append(row)
             try:
-                return choose(self.run, ratio, evaluations, experience=copy).policy
+                return choose(self.session, ratio, evaluations, experience=store).policy
             finally:
-                copy.close()
+                store.close()
 
 
 def compute(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ...errors import InputError
+from ...families import Family
 from ..peers import PEERS
-from .asis import AS_IS
+from .asis import AS_IS, unsuited
 
 # PPF itself, with the evaluations it is given at each ratio.
 _OURS = {"dynamic": 0, "static": 150}
@@ -19,10 +21,12 @@ ALL = ("wanda-sp as is", "flap as is", *PEERS, "evolution:5000", "dynamic", "sta
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison: a method and the true evaluations it may spend at each ratio."""
+    """One row of a comparison: a method and the true evaluations it may spend at each ratio; ``by_name`` is False if
+    it is there only because all were asked for."""
 
     name: str
     evaluations: int
+    by_name: bool = field(default=True, compare=False)
 
     @property
     def is_ours(self) -> bool:
@@ -46,20 +50,32 @@ def parse_methods(text: str) -> list[Method]:
     Raises ``InputError`` for unknown names and for numbers that are none.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    expanded = [part for name in names for part in (ALL if name == "all" else (name,))]
-    methods = list(dict.fromkeys(_parse(name) for name in expanded))
+    expanded = [(part, name != "all") for name in names for part in (ALL if name == "all" else (name,))]
+    methods = list(dict.fromkeys(_parse(name, by_name) for name, by_name in expanded))
     if not methods:
         raise InputError("methods", repr(text), "names no method", f"Use all, or some of {', '.join(_GIVEN)}")
     return methods
 
 
-def _parse(text: str) -> Method:
+def suited(methods: Sequence[Method], family: Family) -> tuple[list[Method], dict[str, str]]:
+    """The methods that can be run on models of ``family``, and of all others the label with the reason.
+
+    Raises ``InputError`` for one of these that was asked for by name.
+    """
+    reasons = {method: reason for method in methods if (reason := unsuited(method.name, family))}
+    for method, reason in reasons.items():
+        if method.by_name:
+            raise InputError("methods", method.name, reason, "Leave it out for this model")
+    return [m for m in methods if m not in reasons], {m.label: reason for m, reason in reasons.items()}
+
+
+def _parse(text: str, by_name: bool) -> Method:
     name, colon, number = text.partition(":")
     if name not in _GIVEN:
         raise InputError("methods", name, "is not a method", f"Use all, or some of {', '.join(_GIVEN)}")
     if not colon:
-        return Method(name, _GIVEN[name])
+        return Method(name, _GIVEN[name], by_name)
     if not number.isdecimal() or not _GIVEN[name] or not int(number):
         problem = "is no number of evaluations" if _GIVEN[name] else "needs no evaluations"
         raise InputError("methods", text, problem, f"Write {name}" + (":1500, say" if _GIVEN[name] else " alone"))
-    return Method(name, int(number))
+    return Method(name, int(number), by_name)

@@ -30,7 +30,7 @@ def table_of(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for label, cells in rows_by_method(data).items():
         figures = [f"{cells[ratio]['perplexity']:.2f}" if ratio in cells else "–" for ratio in ratios]
         rows.append([label, *figures, f"{_mean(cells, 'evaluations'):,.0f}", f"{_mean(cells, 'seconds'):.2f}"])
-    return headers, rows
+    return headers, rows + [[label, *["–"] * (len(headers) - 1)] for label in data["left_out"]]
 
 
 def comparison_page(data: dict[str, Any]) -> Page:
@@ -55,6 +55,7 @@ def comparison_page(data: dict[str, Any]) -> Page:
             "seed": data["seed"],
         }
         | {f"{label} below its peers": _reduction(found) for label, found in data["reductions"].items()}
+        | {f"{label} is left out": reason for label, reason in data["left_out"].items()}
     )
     return page
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...fast.forward import attention_inner, ffn_inner, norm, rope
-from ...model.weights import DecoderWeights, LayerWeights
+from ...families import KINDS
+from ...model.decoder import Decoder
 from ...text import batches
 
 
@@ -19,54 +20,54 @@ class LayerActivations:
     """One layer over all tokens of a text, fp64 on the CPU.
 
     ``cosine`` is the mean of cos(x_in, x_out) between the residual stream before and after the layer, ``angle`` the
-    mean of arccos(cos)/π; ``attention_input`` and ``ffn_input`` [hidden] are the second moments E[x_j²] of what q, k, v
-    and what gate, up read.
+    mean of arccos(cos)/π; ``inputs`` has for each kind of sub-layer that the layer has the second moments E[x_j²]
+    [hidden] of what its first projections read.
     """
 
     cosine: float
     angle: float
-    attention_input: Tensor
-    ffn_input: Tensor
+    inputs: Mapping[str, Tensor]
 
 
 class _Sums:
     """Running sums of one layer."""
 
-    def __init__(self, hidden: int, device: torch.device):
-        self.inputs = torch.zeros(2, hidden, dtype=torch.float64, device=device)
+    def __init__(self, kinds: tuple[str, ...], hidden: int, device: torch.device):
+        self.inputs = {kind: torch.zeros(hidden, dtype=torch.float64, device=device) for kind in kinds}
         self.similarity = torch.zeros(2, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, before: Tensor, after: Tensor, *inputs: Tensor) -> None:
+    def read(self, kind: str, x: Tensor) -> None:
+        self.inputs[kind] += x.float().square().flatten(0, -2).sum(0).double()
+
+    def passed(self, before: Tensor, after: Tensor) -> None:
         cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).double().clamp(-1, 1)
         self.similarity += torch.stack((cosine.sum(), cosine.arccos().sum() / math.pi))
-        self.inputs += torch.stack([x.float().square().flatten(0, -2).sum(0).double() for x in inputs])
         self.tokens += cosine.numel()
 
     def finish(self) -> LayerActivations:
         cosine, angle = (self.similarity / self.tokens).tolist()
-        return LayerActivations(cosine, angle, *(self.inputs / self.tokens).cpu())
+        return LayerActivations(cosine, angle, {kind: (x / self.tokens).cpu() for kind, x in self.inputs.items()})
 
 
 @torch.no_grad()
-def observe(weights: DecoderWeights, sequences: Tensor) -> list[LayerActivations]:
+def observe(decoder: Decoder, sequences: Tensor) -> list[LayerActivations]:
     """Activations of every layer of the dense model, in any unit order, over int64 ``sequences`` [N, T]."""
-    cos_sin = rope(weights, sequences.shape[1])
-    sums = [_Sums(weights.structure.hidden, weights.device) for _ in weights.layers]
-    for tokens in batches(sequences.to(weights.device), weights.device):
-        x = F.embedding(tokens, weights.embedding)
-        for layer, total in zip(weights.layers, sums, strict=True):
-            x = _advance(weights, layer, x, cos_sin, total)
-    return [total.finish() for total in sums]
+    hidden = [decoder.frame.begin(batch.to(decoder.device)) for batch in batches(sequences, decoder.device)]
+    return [_advance(decoder, index, hidden) for index in range(decoder.structure.layers)]
 
 
-def _advance(
-    weights: DecoderWeights, layer: LayerWeights, x: Tensor, cos_sin: tuple[Tensor, Tensor], sums: _Sums
-) -> Tensor:
-    s = weights.structure
-    read = norm(x, layer.attention_norm, weights.epsilon)
-    middle = x + F.linear(attention_inner(read, layer, s, cos_sin, s.kv_groups), layer.o)
-    read_by_ffn = norm(middle, layer.ffn_norm, weights.epsilon)
-    after = middle + F.linear(ffn_inner(read_by_ffn, layer, s.channels), layer.down)
-    sums.add(x, after, read, read_by_ffn)
-    return after
+def _advance(decoder: Decoder, index: int, hidden: list[Tensor]) -> LayerActivations:
+    """Activations of one layer over all batches of ``hidden`` [B, T, hidden], which then hold the layer's output."""
+    widths = {kind: decoder.structure.of(kind)[index].units for kind in KINDS}
+    # All first projections of a sub-layer read the same: one of them is watched.
+    parts = {kind: part for kind, part in decoder.family.parts.items() if widths[kind]}
+    watched = {f"{part.module}.{next(iter(part.rows))}": kind for kind, part in parts.items()}
+    sums = _Sums(tuple(parts), decoder.structure.hidden, decoder.device)
+    for at, x in enumerate(hidden):
+        told = decoder.frame.context(*x.shape[:2])[index]
+        hidden[at] = decoder.reference(
+            index, widths, decoder.layers[index], x, told, lambda name, x: sums.read(watched[name], x), tuple(watched)
+        )
+        sums.passed(x, hidden[at])
+    return sums.finish()

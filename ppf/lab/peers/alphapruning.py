@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...choose.budget import Budget
+from ...model.decoder import Decoder
 from ...model.policy import Policy
 from ...model.structure import Structure
-from ...model.weights import LayerWeights
+from .layers import mean_over_layers, positions, projections
 from .statistics import PeerStatistics
 
 _SPREAD = 0.3  # ε: ratios lie between 1 − ε and 1 + ε times their mean
@@ -16,15 +17,15 @@ _SPREAD = 0.3  # ε: ratios lie between 1 − ε and 1 + ε times their mean
 
 def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """Pruning ratios linear in the layer's mean tail index α, from 1 − ε to 1 + ε, scaled to the budget."""
-    alpha = torch.tensor([_layer_alpha(layer) for layer in statistics.weights.layers])
-    position = (alpha - alpha.min()) / (alpha.max() - alpha.min()).clamp_min(1e-30)
-    ratio = 1 - _SPREAD + 2 * _SPREAD * position
-    return budget.policy(1 - ratio * (1 - budget.kept) / ratio.mean())
+    alpha = [_layer_alpha(statistics.decoder, index) for index in range(structure.layers)]
+    ratio = 1 - _SPREAD + 2 * _SPREAD * positions(alpha)
+    return budget.policy(1 - ratio * (1 - budget.kept) / mean_over_layers(ratio, structure))
 
 
-def _layer_alpha(layer: LayerWeights) -> float:
-    matrices = layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down
-    return float(torch.stack([tail_index(matrix) for matrix in matrices]).mean())
+def _layer_alpha(decoder: Decoder, index: int) -> float | None:
+    """Mean tail index of a layer's projections; None if it has none."""
+    found = [tail_index(matrix) for _, _, matrix in projections(decoder, index)]
+    return float(torch.stack(found).mean()) if found else None
 
 
 def tail_index(matrix: Tensor) -> Tensor:

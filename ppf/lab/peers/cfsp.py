@@ -7,6 +7,7 @@ import torch
 from ...choose.budget import Budget
 from ...model.policy import Policy
 from ...model.structure import Structure
+from .layers import mean_over_layers
 from .statistics import PeerStatistics
 
 # The authors sum angles over 128 · 2,048 tokens and divide by 10⁴ before the sigmoid.
@@ -21,8 +22,8 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     their code.
     """
     angle = torch.tensor([seen.angle for seen in statistics.activations], dtype=torch.float64)
-    importance = torch.sigmoid(_SCALE * (angle - angle.mean()))
-    mean, most = importance.mean(), importance.max()
+    importance = torch.sigmoid(_SCALE * (angle - mean_over_layers(angle, structure)))
+    mean, most = mean_over_layers(importance, structure), importance.max()
     if most / mean * budget.kept >= 1:
         importance = mean + (importance - mean) * mean * (1 / budget.kept - 1) / (most - mean) / _MARGIN
-    return budget.policy(importance / importance.mean() * budget.kept)
+    return budget.policy(importance / mean_over_layers(importance, structure) * budget.kept)

@@ -15,19 +15,24 @@ def sublayer_costs(grid: Grid) -> Tensor:
     return torch.tensor(grid.maximum, dtype=torch.float64) * torch.tensor(grid.step_cost, dtype=torch.float64)
 
 
+def removable(grid: Grid) -> Tensor:
+    """Parameters that can go of every sub-layer, fp64 [S]: all, but of layer 0's attention, say, which keeps some."""
+    least = torch.tensor(grid.minimum, dtype=torch.float64) * torch.tensor(grid.step_cost, dtype=torch.float64)
+    return sublayer_costs(grid) - least
+
+
 def kept_after(grid: Grid, dropped: Sequence[Sequence[int]], kept: float) -> Tensor:
     """Kept shares fp64 [S] when groups of sub-layers go in the order ``dropped`` until ``kept`` of all cost stays.
 
-    The group at the boundary goes in part. What must stay of layer 0's attention counts as its cost.
+    The group at the boundary goes in part.
     """
-    costs = sublayer_costs(grid)
-    least = torch.tensor(grid.minimum, dtype=torch.float64) / torch.tensor(grid.maximum)
+    costs, rooms = sublayer_costs(grid), removable(grid)
     fractions, excess = torch.ones(len(costs), dtype=torch.float64), (1 - kept) * float(costs.sum())
     for group in dropped:
         chosen = list(group)
-        room = float((costs[chosen] * (1 - least[chosen])).sum())
+        room = float(rooms[chosen].sum())
         share = min(1.0, excess / room) if room else 0.0
-        fractions[chosen] = 1 - share * (1 - least[chosen])
+        fractions[chosen] -= share * rooms[chosen] / costs[chosen].clamp_min(1)  # absent ones cost nothing
         excess -= share * room
         if excess <= 0:
             break

@@ -8,7 +8,7 @@ from ...choose.budget import Budget
 from ...errors import InputError
 from ...model.policy import Policy
 from ...model.structure import Structure
-from .dropping import kept_after, sublayer_costs
+from .dropping import kept_after, removable, sublayer_costs
 from .statistics import PeerStatistics
 
 
@@ -18,20 +18,20 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     The change of the model is measured as everybody's is here, by log-perplexity on the search text. Needs about
     2L + (2L − 1) + … evaluations, one term for each sub-layer that goes.
     """
-    grid, costs = budget.grid, sublayer_costs(budget.grid)
-    left, dropped = dict.fromkeys(range(grid.sublayers)), []
-    levels = list(grid.maximum)
-    while sum(float(costs[s]) for s in left) > budget.kept * float(costs.sum()) and left:
+    grid, rooms = budget.grid, removable(budget.grid).tolist()
+    left, dropped = [s for s, room in enumerate(rooms) if room], []
+    levels, excess = list(grid.maximum), (1 - budget.kept) * float(sublayer_costs(grid).sum())
+    while excess > 0 and left:
         candidates = [_without(budget, levels, s) for s in left]
         if len(candidates) > statistics.meter.remaining:
             raise InputError(
                 "evaluations", statistics.meter.limit, "end before the budget is met", "Give FinerCut more"
             )
         values = statistics.meter.measure(candidates)
-        chosen = list(left)[values.index(min(values))]
+        chosen = left.pop(values.index(min(values)))
         levels[chosen] = grid.minimum[chosen]
         dropped.append((chosen,))
-        del left[chosen]
+        excess -= rooms[chosen]
     return budget.policy(kept_after(grid, dropped, budget.kept))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...choose.budget import Budget
-from ...fitting.calibration import Moments
+from ...families import KINDS
 from ...fitting.ranking.scores import Scored, flap_wifv
 from ...model.policy import Policy
 from ...model.structure import Structure
@@ -17,31 +19,34 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     """Keep the units with the highest standardised scores until their costs fill the budget.
 
     Scores are WIFV, Var(x_j)·‖W[:,j]‖₂², standardised within each layer; the attention's are squared first and then
-    averaged over a kv-group. Each unit counts with its cost, (2g+2)·d/3 channels for a kv-group.
+    averaged over a kv-group. Each unit counts with its cost, (2g+2)·d/3 channels for a kv-group without biases.
     """
-    weights, moments = statistics.weights.layers, statistics.moments
-    attention = torch.stack([_scores(w.o, m).square() for w, (m, _) in zip(weights, moments, strict=True)])
-    ffn = torch.stack([_scores(w.down, m) for w, (_, m) in zip(weights, moments, strict=True)])
-    groups = _standardised(attention).view(structure.layers, structure.kv_groups, -1).mean(-1)
-    kept = _above_threshold(groups, _standardised(ffn), structure, budget.kept)
-    return budget.policy(torch.cat([k.double().mean(1) for k in kept]))
+    scores = [_unit_scores(statistics, kind, index) for kind in KINDS for index in range(structure.layers)]
+    kept = above_threshold(scores, [sublayer.cost for sublayer in structure.sublayers], budget.kept)
+    return budget.policy(torch.tensor([float(k.double().mean()) if len(k) else 0.0 for k in kept]))
 
 
-def _above_threshold(groups: Tensor, channels: Tensor, structure: Structure, kept: float) -> tuple[Tensor, Tensor]:
-    """Which kv-groups [L, G] and channels [L, C] stand above the threshold at which ``kept`` of all cost stays."""
-    scores = torch.cat((groups.flatten(), channels.flatten()))
-    cost = torch.full_like(scores, structure.channel_cost, dtype=torch.float64)
-    cost[: groups.numel()] = structure.kv_group_cost
-    order = scores.argsort(descending=True)
+def above_threshold(scores: Sequence[Tensor], costs: Sequence[int], kept: float) -> list[Tensor]:
+    """Of every sub-layer, bool [its units]: which units stand above the threshold at which ``kept`` of all cost stays.
+    ``scores`` [its units] and the ``costs`` of one unit are by sub-layer."""
+    every = torch.cat(list(scores))
+    cost = torch.tensor(costs, dtype=torch.float64).repeat_interleave(torch.tensor([len(s) for s in scores]))
+    order = every.argsort(descending=True)
     filled = cost[order].cumsum(0)
-    threshold = scores[order[(filled - kept * cost.sum()).abs().argmin()]]
-    return groups >= threshold, channels >= threshold
+    threshold = every[order[(filled - kept * cost.sum()).abs().argmin()]]
+    return [part >= threshold for part in scores]
 
 
-def _scores(output: Tensor, moments: Moments) -> Tensor:
-    return flap_wifv(Scored(output.cpu(), moments, ()))
+def _unit_scores(statistics: PeerStatistics, kind: str, index: int) -> Tensor:
+    """Standardised scores of the units of one sub-layer, fp32; none where there is no such sub-layer."""
+    sublayer, moments = statistics.grid.structure.of(kind)[index], statistics.moments[index].of(kind)
+    if moments is None:
+        return torch.zeros(0)
+    scores = flap_wifv(Scored(statistics.decoder.output(index, kind).cpu(), moments, ()))
+    scores = _standardised(scores.square() if kind == "attention" else scores)
+    return scores.view(sublayer.units, -1).mean(-1)
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    """Scores [L, n] with mean 0 and deviation 1 in each layer; a layer of equal scores becomes all 0."""
-    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp_min(1e-30)
+    """Scores [n] with mean 0 and deviation 1; all 0 where they are equal."""
+    return (scores - scores.mean()) / scores.std(correction=min(1, len(scores) - 1)).clamp_min(1e-30)

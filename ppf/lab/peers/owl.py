@@ -8,6 +8,7 @@ from torch import Tensor
 from ...choose.budget import Budget
 from ...model.policy import Policy
 from ...model.structure import Structure
+from .layers import mean_over_layers, positions, projections
 from .statistics import PeerStatistics
 
 _OUTLIER = 5.0  # M: an outlier is M times the layer's mean
@@ -17,19 +18,20 @@ _SPREAD = 0.08  # λ: layers' kept shares differ by at most 2λ
 def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -> Policy:
     """keep_l = 2λ(LOD_l − min)/(max − min) − mean + kept, LOD_l the layer's outlier distribution: the share of its
     |W|·‖x‖ entries above M times their mean."""
-    outliers = torch.tensor([_outlier_share(statistics, index) for index in range(structure.layers)])
-    spread = (outliers.max() - outliers.min()).clamp_min(1e-30)
-    share = 2 * _SPREAD * (outliers - outliers.min()) / spread
-    return budget.policy(share - share.mean() + budget.kept)
+    share = 2 * _SPREAD * positions([_outlier_share(statistics, index) for index in range(structure.layers)])
+    return budget.policy(share - mean_over_layers(share, structure) + budget.kept)
 
 
-def _outlier_share(statistics: PeerStatistics, index: int) -> float:
-    """Layer outlier distribution of all seven projections of one layer together."""
-    w, seen = statistics.weights.layers[index], statistics.activations[index]
-    attention, ffn = statistics.moments[index]
-    inputs = [(m, seen.attention_input) for m in (w.q, w.k, w.v)] + [(m, seen.ffn_input) for m in (w.gate, w.up)]
-    inputs += [(w.o, attention.second_moment), (w.down, ffn.second_moment)]
-    metric = torch.cat([_metric(matrix, second) for matrix, second in inputs])
+def _outlier_share(statistics: PeerStatistics, index: int) -> float | None:
+    """Layer outlier distribution of all projections of one layer together; None if it has none."""
+    decoder, read, inner = statistics.decoder, statistics.activations[index].inputs, statistics.moments[index]
+    parts = []
+    for kind, name, matrix in projections(decoder, index):
+        is_output = name == decoder.family.parts[kind].output_name
+        parts.append(_metric(matrix, inner.of(kind).second_moment if is_output else read[kind]))
+    if not parts:
+        return None
+    metric = torch.cat(parts)
     return float((metric > _OUTLIER * metric.mean()).double().mean())
 
 

@@ -28,9 +28,10 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
 def _damages(statistics: PeerStatistics, budget: Budget) -> list[Tensor]:
     """For every sub-layer the damage of each level from its minimum to its maximum, fp64."""
     grid = budget.grid
-    each = int(statistics.meter.remaining - 1) // grid.sublayers
+    movable = sum(high > low for low, high in zip(grid.minimum, grid.maximum, strict=True))
+    each = int(statistics.meter.remaining - 1) // movable
     if each < 1:
-        needed = grid.sublayers + 1
+        needed = movable + 1
         raise InputError("evaluations", statistics.meter.limit, "is too little for Puzzle", f"Use at least {needed}")
     measured = [_spaced(low, high, each) for low, high in zip(grid.minimum, grid.maximum, strict=True)]
     policies = [grid.dense()]
@@ -73,7 +74,8 @@ def _solve(damage: list[Tensor], budget: Budget) -> list[int]:
     ).astype(float)
     total = sum(high * step for high, step in zip(grid.maximum, grid.step_cost, strict=True))
     one_each = block_diag([np.ones((1, len(d))) for d in damage], format="csr")
-    for slack in (min(grid.step_cost) / 2, max(grid.step_cost) / 2):
+    steps = [step for step in grid.step_cost if step]  # absent sub-layers have none
+    for slack in (min(steps) / 2, max(steps) / 2):
         low, high = (budget.kept + sign * slack / total for sign in (-1, 1))
         rows = vstack((one_each, csr_array(cost[None] / total)))
         bounds = np.append(np.ones(len(damage)), low), np.append(np.ones(len(damage)), high)

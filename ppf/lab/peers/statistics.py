@@ -9,12 +9,14 @@ from functools import cached_property
 from torch import Tensor
 
 from ...errors import InputError
-from ...fitting.calibration import Moments
+from ...families import KINDS
+from ...fitting.calibration import LayerStatistics
 from ...fitting.evaluation import Evaluator
 from ...fitting.run import Run
+from ...model.decoder import Decoder
 from ...model.grid import Grid
+from ...model.layer import expand_units
 from ...model.policy import Policy
-from ...model.weights import DecoderWeights, expand_units
 from ...text import take_tokens
 from .activations import LayerActivations, observe
 
@@ -56,29 +58,28 @@ class Meter:
 class PeerStatistics:
     """All that a peer needs. Weights and moments stand in the run's ranking order, which every method shares.
 
-    ``moments`` are those of the inputs of o and down per layer; ``sequences`` int64 [N, T] is calibration text;
-    ``meter`` measures on the search text; ``proxies`` says how many candidates a method without true evaluations may
-    score. Methods draw everything random from ``seed``.
+    ``moments`` are those of the inputs of every layer's output projections; ``sequences`` int64 [N, T] is calibration
+    text; ``meter`` measures on the search text. Methods draw everything random from ``seed``.
     """
 
     grid: Grid
-    weights: DecoderWeights
-    moments: list[tuple[Moments, Moments]]
+    decoder: Decoder
+    moments: list[LayerStatistics]
     sequences: Tensor
     meter: Meter
     seed: int = 0
 
     @classmethod
     def of_run(cls, run: Run, evaluator: Evaluator, evaluations: int, seed: int = 0) -> PeerStatistics:
-        """The statistics of a run; ``evaluator`` is the run's own, whose weights are shared."""
+        """The statistics of a run; ``evaluator`` is of the run's own session, whose weights are shared."""
         moments = [_ranked(run, index) for index in range(run.structure.layers)]
         sequences = run.sequences("calibration")
-        return cls(run.grid, evaluator.weights, moments, sequences, Meter(evaluator, evaluations), seed)
+        return cls(run.grid, evaluator.decoder, moments, sequences, Meter(evaluator, evaluations), seed)
 
     def with_budget(self, evaluations: int, seed: int) -> PeerStatistics:
         """The same with a fresh meter; what has been observed of the dense model is shared."""
         fresh = PeerStatistics(
-            self.grid, self.weights, self.moments, self.sequences, Meter(self.meter.evaluator, evaluations), seed
+            self.grid, self.decoder, self.moments, self.sequences, Meter(self.meter.evaluator, evaluations), seed
         )
         fresh.__dict__["activations"] = self.activations
         return fresh
@@ -86,11 +87,13 @@ class PeerStatistics:
     @cached_property
     def activations(self) -> list[LayerActivations]:
         """The dense model's activations over a part of the calibration text."""
-        return observe(self.weights, take_tokens(self.sequences, _OBSERVED_TOKENS))
+        return observe(self.decoder, take_tokens(self.sequences, _OBSERVED_TOKENS))
 
 
-def _ranked(run: Run, index: int) -> tuple[Moments, Moments]:
+def _ranked(run: Run, index: int) -> LayerStatistics:
     """One layer's moments with its channels in ranking order."""
-    attention, ffn = run.moments(index)
-    ranking = run.ranking[index]
-    return attention.ordered(expand_units(ranking.attention, run.structure.group_rows)), ffn.ordered(ranking.ffn)
+    moments, found = run.moments(index), {}
+    for kind in KINDS:
+        order = expand_units(run.ranking[index].of(kind), run.structure.of(kind)[index].columns)
+        found[kind] = None if moments.of(kind) is None else moments.of(kind).ordered(order)
+    return LayerStatistics(**found)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...choose.budget import Budget
 from ...model.policy import Policy
 from ...model.structure import Structure
+from .dropping import sublayer_costs
 from .statistics import PeerStatistics
 
 # Kept shares of attention that are tried; the FFN's follow from the budget.
@@ -24,19 +24,12 @@ def allocate_split(structure: Structure, statistics: PeerStatistics, budget: Bud
 
     Uses as many evaluations as there are different splits, at most 11 and at most what is given.
     """
-    attention = structure.kv_groups * structure.kv_group_cost
-    ffn = structure.channels * structure.channel_cost
+    attention, ffn = (float(costs.sum()) for costs in sublayer_costs(budget.grid).chunk(2))
     kept = budget.kept * (attention + ffn)
     low, high = max(0.0, (kept - ffn) / attention), min(1.0, kept / attention)
     shares = torch.linspace(low, high, max(1, min(_SPLITS, int(statistics.meter.remaining))))
-    policies = list(dict.fromkeys(budget.policy(_fractions(structure, kept, share)) for share in shares))
+    rests = (kept - shares * attention) / max(1.0, ffn)
+    fractions = torch.stack((shares, rests), 1).repeat_interleave(structure.layers, 1)  # [splits, S]
+    policies = list(dict.fromkeys(map(budget.policy, fractions)))
     values = statistics.meter.measure(policies)
     return policies[values.index(min(values))]
-
-
-def _fractions(structure: Structure, kept: float, share: Tensor) -> Tensor:
-    """Kept shares [S] if every attention keeps ``share`` and the FFNs the rest of ``kept`` parameters a layer."""
-    rest = (kept - share * structure.kv_groups * structure.kv_group_cost) / (
-        structure.channels * structure.channel_cost
-    )
-    return torch.stack((share, rest)).repeat_interleave(structure.layers)

@@ -7,6 +7,7 @@ import torch
 from ...choose.budget import Budget
 from ...model.policy import Policy
 from ...model.structure import Structure
+from .layers import mean_over_layers
 from .statistics import PeerStatistics
 
 _TEMPERATURE = 0.1  # ε
@@ -18,4 +19,5 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     under-delivers); here the projection spreads it over all layers, so that the budget is met."""
     influence = 1 - torch.tensor([seen.cosine for seen in statistics.activations], dtype=torch.float64)
     share = torch.softmax(-influence / _TEMPERATURE, 0)
-    return budget.policy(1 - (structure.layers * (1 - budget.kept) * share).clamp_max(_MOST))
+    ratio = (1 - budget.kept) * share / mean_over_layers(share, structure)  # the mean is 1/L where layers are alike
+    return budget.policy(1 - ratio.clamp_max(_MOST))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from pathlib import Path
@@ -16,6 +17,7 @@ from ...errors import InputError
 from ...files import write_json
 from ...fitting.experience import Experience
 from ...fitting.run import Protocol, Run
+from ...fitting.session import Session
 from ...progress import Progress, silent
 from . import baselines
 from .heldout import STORE, HeldOut, held_out_policies, measure_all, training_rows
@@ -28,7 +30,7 @@ SMALLEST = 20
 
 
 def report(
-    run: Run,
+    session: Session,
     output: str | Path | None = None,
     held_out: int = 200,
     kinds: tuple[str, ...] = (),
@@ -41,13 +43,14 @@ def report(
     in the run: a killed report resumes, a second one measures nothing. Raises ``InputError`` for an unfinished run,
     fewer than 20 policies, more than the model has, and unknown kinds.
     """
+    run = session.run
     run.require_complete()
     if held_out < SMALLEST:
         raise InputError("held-out", held_out, "is too few for a rank correlation", f"Use at least {SMALLEST}")
     for kind in kinds:
         predictor_named(kind)
     ratios = [ratio for ratio in RATIOS if ratio <= run.grid.maximum_ratio]
-    data = _measure_and_score(run, ratios, held_out, kinds, progress)
+    data = _measure_and_score(session, ratios, held_out, kinds, progress)
     folder = Path(output) if output is not None else run.path
     folder.mkdir(parents=True, exist_ok=True)
     from .page import report_page  # matplotlib takes a second to import
@@ -58,21 +61,22 @@ def report(
 
 
 def _measure_and_score(
-    run: Run, ratios: list[float], count: int, kinds: tuple[str, ...], progress: Progress
+    session: Session, ratios: list[float], count: int, kinds: tuple[str, ...], progress: Progress
 ) -> dict[str, Any]:
+    run, device = session.run, session.device
     policies = held_out_policies(run, ratios, count)
-    evaluator, store = run.evaluator(), Experience(run.path / STORE)
+    evaluator, store = session.evaluator(), Experience(run.path / STORE)
     held = {group: measure_all(evaluator, store, parts, group, progress) for group, parts in policies.items()}
     alone = measure_all(evaluator, store, [baselines.single_policies(run.grid)], "single", progress).truth.tolist()
     # The store remembers what the first measurement took; reading it again must not count as an evaluation's time.
     seconds = statistics.median(row.seconds for row in store.rows() if row.source == "random")
     table, dense = baselines.sensitivity(run.grid, alone), alone[-1]
-    study = Study(run.grid, *_training_data(run), held, ratios, run.device, run.settings.seed)
+    study = Study(run.grid, *_training_data(run), held, ratios, device, run.settings.seed)
     own = run.settings.predictor
     compared = rivals(study, [kind for kind in kinds if kind != own], table, dense, run.predictor, progress)
     curve = learning_curve(study, own, progress)
-    predictor = run.predictor.to(run.device)
-    return _facts(run, len(study.levels), ratios) | {
+    predictor = copy.deepcopy(run.predictor).to(device)  # the run's own stays where it answers
+    return _facts(session, len(study.levels), ratios) | {
         "scores": study.score(predictor),
         "rivals": compared,
         "curve": curve,
@@ -83,8 +87,8 @@ def _measure_and_score(
     }
 
 
-def _facts(run: Run, rows: int, ratios: list[float]) -> dict[str, Any]:
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+def _facts(session: Session, rows: int, ratios: list[float]) -> dict[str, Any]:
+    run, device = session.run, session.device
     return {
         "run": str(run.path),
         "model": run.manifest["model"],
@@ -94,7 +98,7 @@ def _facts(run: Run, rows: int, ratios: list[float]) -> dict[str, Any]:
         "layers": run.structure.layers,
         "protocol": Protocol.of_run(run, run.sequences()).to_dict(),
         "xgboost": baselines.has_xgboost(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
     }
 

@@ -1,0 +1,42 @@
+"""Which field of a configuration it is that transformers refuses, when transformers does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import InputError
+
+CORRECT = "Correct the file, or get it again from the model's own source"
+
+Result = TypeVar("Result")
+Fields = Mapping[str, Any]
+
+
+def attempt(file: Path, data: Fields, action: Callable[[Fields], Result]) -> Result:
+    """``action(data)``; whatever it raises becomes an ``InputError`` about the field of ``data``, the content of
+    ``file``, without which it raises nothing."""
+    try:
+        return action(data)
+    except Exception as error:  # transformers and its validators raise many kinds, all about the file's content
+        said = shown(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        problem = f"transformers refuses it in {file} ({said})"
+        for field in data:
+            if _works(action, {name: value for name, value in data.items() if name != field}):
+                raise InputError(field, shown(data[field]), problem, CORRECT) from error
+        raise InputError("config", file, problem, CORRECT) from error
+
+
+def shown(value: Any, longest: int = 80) -> Any:
+    """``value``, or its beginning if it is too long for a message."""
+    text = str(value)
+    return value if len(text) <= longest else f"{text[:longest]}..."
+
+
+def _works(action: Callable[[Fields], Any], data: Fields) -> bool:
+    try:
+        action(data)
+    except Exception:
+        return False
+    return True

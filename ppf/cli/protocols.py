@@ -1,0 +1,18 @@
+"""What a perplexity was measured on, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def protocol_line(protocol: dict[str, Any]) -> str:
+    """The text's name, which part of it, and how much of it in which form."""
+    return f"{Path(protocol['text']).name}, {protocol['part']}, {protocol_size(protocol)}"
+
+
+def protocol_size(protocol: dict[str, Any]) -> str:
+    """How many tokens, in which sequences."""
+    size = f"{protocol['tokens']:,} tokens in sequences of {protocol['sequence_length']}"
+    begin = protocol.get("begin")
+    return size if begin is None else f"{size}, each behind the begin token ({begin})"
