@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import structure
 
 from ppf._version import versions
 from ppf.choose.agent import Agent
 from ppf.choose.candidates.sampling import RATIO_RANGE
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 GRIDS = {
-    "ref-14m": Grid(Structure(16, 256, 4, 2, 32, 768), 64),
-    "llama-2-7b": Grid(Structure(32, 4096, 32, 1, 128, 11008), 64),
-    "llama-3-8b": Grid(Structure(32, 4096, 8, 4, 128, 14336), 64),
+    "ref-14m": Grid(structure("ref-14m"), 64),
+    "llama-2-7b": Grid(structure("llama-2-7b"), 64),
+    "llama-3-8b": Grid(structure("llama-3-8b"), 64),
 }
 BATCHES = {"cpu": (1,), "cuda": (1, 64, 1024)}
 REPETITIONS = 50

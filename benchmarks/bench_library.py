@@ -23,20 +23,25 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from bench_evaluation import DEVICE, LLAMA_2_7B, VOCABULARY, random_weights, seconds, write_rows
+from bench_evaluation import DEVICE, seconds, write_rows
+from shapes import random_decoder
 from torch import Tensor
 
 from ppf import checkpoint
 from ppf.choose.candidates.sampling import uniform_policy
-from ppf.fast.plain import masked_losses
+from ppf.families import KINDS
+from ppf.fast.permute import permute_layer, permuted
 from ppf.fitting.calibration import LayerStatistics, calibrate
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.library import Library, Refit, library_bytes, refit_layer
+from ppf.fitting.masked import masked_losses
 from ppf.fitting.ranking import rank_layer
+from ppf.fitting.reader import Reader
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
+from ppf.model.layer import LayerRanking, expand_units
 from ppf.model.policy import Policy
-from ppf.model.weights import DecoderWeights, LayerRanking, expand_units, permute_layer
-from ppf.text import pack, read_tokens, take_tokens
+from ppf.text import take_tokens
 
 CALIBRATION_TOKENS = 131_072
 
@@ -64,35 +69,35 @@ def rates() -> dict[torch.dtype, float]:
     return found
 
 
-def build(weights: DecoderWeights, grid: Grid, sequences: Tensor, ranking: str, stages: Stages) -> list[Refit]:
-    """The refits of all sub-layers in the grid's order, factors on the device."""
-    stream, refits = calibrate(weights, sequences), []
-    for layer in weights.layers:
+def build(decoder: Decoder, grid: Grid, sequences: Tensor, ranking: str, stages: Stages) -> list[dict[str, Refit]]:
+    """The refits of all layers, factors on the device."""
+    stream, refits = calibrate(decoder, sequences), []
+    for index in range(grid.structure.layers):
         with stages.stage("pass and Grams"):
             statistics = next(stream)
         with stages.stage("ranking"):
-            order = rank_layer(ranking, layer, statistics, grid.structure)
-            permuted = permute_layer(layer, order, grid.structure)
+            order = rank_layer(ranking, decoder, index, statistics)
+            ranked = permute_layer(decoder.names(index), decoder.layers[index], order)
         with stages.stage("factors"):
-            refits.append(refit_layer(permuted, statistics, order, grid))
-        del statistics, permuted
-    return [attention for attention, _ in refits] + [ffn for _, ffn in refits]
+            refits.append(refit_layer(decoder.names(index).outputs(ranked), statistics, order, grid, index))
+        del statistics, ranked
+    return refits
 
 
 def large_row(speed: dict[torch.dtype, float]) -> dict:
     """Llama-2-7B's shape. Factors go as their solutions come, so that both never stand whole on the device."""
-    grid, stages = Grid(LLAMA_2_7B, 688), Stages()
-    weights = random_weights(LLAMA_2_7B)
-    sequences = torch.randint(0, VOCABULARY, (CALIBRATION_TOKENS // 2048, 2048), device=DEVICE)
+    decoder, stages = random_decoder("llama-2-7b"), Stages()
+    grid = Grid(decoder.structure, 688)
+    sequences = torch.randint(0, len(decoder.frame.head), (CALIBRATION_TOKENS // 2048, 2048), device=DEVICE)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    refits = build(weights, grid, sequences, "wanda-sp", stages)
+    refits = build(decoder, grid, sequences, "wanda-sp", stages)
     with_factors = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     solved = []
     while refits:
         with stages.stage("solutions"):
-            solved.append(list(refits.pop().solutions()))
+            solved += [list(refit.solutions()) for refit in refits.pop().values()]
     result = {
         "model": "llama-2-7b shape", "calibration_tokens": CALIBRATION_TOKENS, "levels": sum(map(len, solved)),
         "factor_GB": library_bytes(grid) / 1e9,
@@ -101,19 +106,20 @@ def large_row(speed: dict[torch.dtype, float]) -> dict:
     }  # fmt: skip
     result |= timed(stages.seconds, limits(grid, CALIBRATION_TOKENS, 2048, speed))
     with stages.stage("ranking by obs, one layer"):
-        stream = calibrate(weights, sequences[:8])
-        rank_layer("obs", weights.layers[0], next(stream), grid.structure)
+        stream = calibrate(decoder, sequences[:8])
+        rank_layer("obs", decoder, 0, next(stream))
     return result | {"seconds_obs_ranking_one_layer": round(stages.seconds["ranking by obs, one layer"], 3)}
 
 
 def limits(grid: Grid, tokens: int, length: int, speed: dict[torch.dtype, float]) -> dict[str, float]:
     """Seconds of each stage's operations. A factorisation and a triangular inverse take n³/3 each."""
     s = grid.structure
-    sizes = (s.kv_groups * s.group_rows, s.group_rows), (s.channels, grid.ffn_multiple)
-    dense = 2 * s.decoder_parameters * tokens + 2 * s.layers * sizes[0][0] * length * tokens
-    grams = sum(2 * n * n * tokens for n, _ in sizes) * s.layers
-    factors = sum(2 * n**3 / 3 + 3 * s.hidden * n * n for n, _ in sizes) * s.layers
-    solutions = sum(s.hidden * n * (n + step) for n, step in sizes) * s.layers
+    sizes = [(sub.width, step * sub.columns) for sub, step in zip(s.sublayers, grid.steps, strict=True)]
+    attention = sum(sub.width for sub in s.attention)
+    dense = 2 * s.decoder_parameters * tokens + 2 * attention * length * tokens
+    grams = sum(2 * n * n * tokens for n, _ in sizes)
+    factors = sum(2 * n**3 / 3 + 3 * s.hidden * n * n for n, _ in sizes)
+    solutions = sum(s.hidden * n * (n + step) for n, step in sizes)
     return {
         "pass and Grams": (dense + grams) / speed[torch.bfloat16],
         "factors": factors / speed[torch.float64],
@@ -132,24 +138,18 @@ def timed(took: dict[str, float], limit: dict[str, float]) -> dict:
 
 def small_rows(arguments: argparse.Namespace, speed: dict[torch.dtype, float]) -> Iterator[dict]:
     """Perplexities of uniform policies on 49,152 tokens in sequences of 512, FFN multiple 64."""
-    weights = DecoderWeights.from_model(checkpoint.load_dense(arguments.model, device=DEVICE.type))
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
-    calibration, evaluation = (
-        take_tokens(pack(read_tokens(text, tokenizer), 512), tokens).to(DEVICE)
-        for text, tokens in ((arguments.text, CALIBRATION_TOKENS), (arguments.eval_text, 49_152))
-    )
-    grid = Grid(weights.structure)
-    exact = list(calibrate(weights, calibration))
+    decoder, grid, calibration, evaluation = small_inputs(arguments)
+    exact = list(calibrate(decoder, calibration))
     for name in ("wanda-sp", "flap-wifv", "obs"):
         stages = Stages()
-        refits = build(weights, grid, calibration, name, stages)
-        rankings = [rank_layer(name, w, s, grid.structure) for w, s in zip(weights.layers, exact, strict=True)]
-        ranked = weights.permuted(rankings)
+        refits = build(decoder, grid, calibration, name, stages)
+        rankings = [rank_layer(name, decoder, index, found) for index, found in enumerate(exact)]
+        ranked = permuted(decoder, rankings)
         result = {"model": arguments.model.name, "ranking": name}
         result |= timed(stages.seconds, limits(grid, calibration.numel(), 512, speed))
         for ratio in (0.3, 0.5):
             policy = uniform_policy(grid, ratio)
-            for kind, library in (("refit", Library(refits)), ("masked", None)):
+            for kind, library in (("refit", Library.of_layers(refits)), ("masked", None)):
                 value = Evaluator(ranked, grid, evaluation, library).log_perplexity(policy)
                 result[f"perplexity_{kind}_{ratio:.0%}"] = round(math.exp(value), 2)
             value = with_biases(ranked, grid, exact, rankings, policy, evaluation)
@@ -157,22 +157,31 @@ def small_rows(arguments: argparse.Namespace, speed: dict[torch.dtype, float]) -
         yield result
 
 
+def small_inputs(arguments: argparse.Namespace) -> tuple[Decoder, Grid, Tensor, Tensor]:
+    """Dense weights, grid, and calibration and evaluation sequences of 512, all on the GPU."""
+    decoder, reader = checkpoint.load_decoder(arguments.model, device=DEVICE.type), Reader.of(arguments.model, 512)
+    calibration, evaluation = (
+        take_tokens(reader.sequences(text), tokens).to(DEVICE)
+        for text, tokens in ((arguments.text, CALIBRATION_TOKENS), (arguments.eval_text, 49_152))
+    )
+    return decoder, Grid(decoder.structure), calibration, evaluation
+
+
 def with_biases(
-    weights: DecoderWeights, grid: Grid, statistics: list[LayerStatistics], rankings: list[LayerRanking],
+    decoder: Decoder, grid: Grid, statistics: list[LayerStatistics], rankings: list[LayerRanking],
     policy: Policy, sequences: Tensor,
 ) -> float:  # fmt: skip
     """Log-perplexity of masking with FLAP's compensation: the mean output W·x̄ of what is removed, as a bias."""
     s, biases = grid.structure, {}
-    for index, (layer, moments, order) in enumerate(zip(weights.layers, statistics, rankings, strict=True)):
-        query = expand_units(order.attention, s.group_rows)
-        lost = policy.attention[index] * s.group_rows, policy.ffn[index]
-        for at, output, mean, width in (
-            (index, layer.o, moments.attention.mean[query.to(DEVICE)], lost[0]),
-            (s.layers + index, layer.down, moments.ffn.mean[order.ffn.to(DEVICE)], lost[1]),
-        ):
-            biases[at] = (output[:, width:].float() @ mean[width:]).to(output.dtype)
+    for index, (moments, order) in enumerate(zip(statistics, rankings, strict=True)):
+        for place, kind in enumerate(KINDS):
+            columns = s.of(kind)[index].columns
+            kept = policy[kind][index] * columns
+            mean = moments.of(kind).mean[expand_units(order.of(kind), columns).to(DEVICE)]
+            lost = decoder.output(index, kind)[:, kept:].float() @ mean[kept:]
+            biases[index + place * s.layers] = lost.to(decoder.dtype)
     levels = grid.encode([policy])[0].tolist()
-    return float(masked_losses(weights, grid, levels, sequences, biases).double().mean())
+    return float(masked_losses(decoder, grid, levels, sequences, biases=biases).double().mean())
 
 
 def main() -> None:

@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import structure
 from torch import Tensor
 
-from ppf import checkpoint
 from ppf.choose.candidates.sampling import random_levels, random_ratios
 from ppf.choose.predictor import KINDS, CapturedPredictor, make_predictor
 from ppf.choose.predictor.training import fit_predictor
+from ppf.fitting.reader import Reader
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
-from ppf.text import pack, read_tokens
 
-GRID = Grid(Structure(layers=16, hidden=256, kv_groups=4, heads_per_group=2, head_dim=32, channels=768), 64)
+GRID = Grid(structure("ref-14m"), 64)
 DRAWN = 1 << 11
 BATCH = {"cuda": 1 << 18, "cpu": 1 << 12}
 EVALUATED = {"cuda": 64, "cpu": 2}
@@ -108,10 +108,9 @@ def measure(kind: str, count: int, device: str, rate: float) -> dict[str, Any]:
 
 def against_a_test_set(path: Path, text: Path, device: str) -> dict[str, Any]:
     """A run's predictor and true evaluations of some policies on all of ``text``, seconds a policy."""
-    run = Run(path, device=device)
-    tokens = read_tokens(text, checkpoint.load_tokenizer(run.model_path))
-    sequences = pack(tokens, run.sequences().shape[1])
-    evaluator, predictor = run.evaluator(sequences=sequences), run.predictor.to(device).eval()
+    run = Run(path)
+    sequences = Reader.of(run.model_path, run.sequences().shape[1]).sequences(text)
+    evaluator, predictor = Session(run, device).evaluator(sequences=sequences), run.predictor.to(device).eval()
     generator = torch.Generator().manual_seed(2)
     levels = random_levels(run.grid, random_ratios(DRAWN, generator), generator)
     policies = run.grid.decode(levels[: EVALUATED[device]])

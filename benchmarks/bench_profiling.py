@@ -17,31 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from shapes import random_model
 
 from ppf.choose.candidates.sampling import random_levels, uniform_policy
 from ppf.deliver.profiling import Workload, measure_profile, milliseconds, profile_facts
 from ppf.files import write_json
-from ppf.fitting.materialise import materialize
+from ppf.fitting.materialize import materialize
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
+from ppf.model.layer import LayerRanking
 from ppf.model.policy import Policy
-from ppf.model.weights import DecoderWeights, LayerRanking
 
-# Hidden, heads, kv heads, head size, channels, layers, vocabulary, FFN multiple, tokens.
-SHAPES = {
-    "14m": (256, 8, 4, 32, 768, 16, 4096, 64, 512),
-    "1b": (2048, 32, 8, 64, 8192, 16, 32_000, 256, 2048),
-}
-
-
-def build_dense(shape: tuple[int, ...]) -> LlamaForCausalLM:
-    hidden, heads, groups, head, channels, layers, vocabulary, *_ = shape
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=channels, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=groups, head_dim=head, max_position_embeddings=4096,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+# FFN multiple, tokens.
+MEASURED = {"ref-14m": (64, 512), "1b": (256, 2048)}
 
 
 def policies(grid: Grid) -> list[Policy]:
@@ -51,18 +39,20 @@ def policies(grid: Grid) -> list[Policy]:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    dense = build_dense(SHAPES[name])
-    weights, *_, multiple, tokens = DecoderWeights.from_model(dense), *SHAPES[name]
-    grid, s = Grid(weights.structure, multiple), weights.structure
-    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
+    decoder, (multiple, tokens) = Decoder.of_model(random_model(name)), MEASURED[name]
+    grid = Grid(decoder.structure, multiple)
+    order = [
+        LayerRanking(torch.arange(attention.units), torch.arange(ffn.units))
+        for attention, ffn in zip(grid.structure.attention, grid.structure.ffn, strict=True)
+    ]
     found = []
     for workload in (Workload("prefill", 1, tokens), Workload("decode", 1, tokens), Workload("decode", 16, tokens)):
         start = time.perf_counter()
-        profile = measure_profile(grid, lambda p: materialize(dense.config, weights, order, grid, p), workload)
+        profile = measure_profile(grid, lambda p: materialize(decoder, order, grid, p), workload)
         seconds, costs = time.perf_counter() - start, profile.costs(grid)
         for policy in policies(grid):
             predicted = float(costs.of(grid.encode([policy]))[0])
-            measured = milliseconds(materialize(dense.config, weights, order, grid, policy), workload)
+            measured = milliseconds(materialize(decoder, order, grid, policy), workload)
             row = {"shape": name, "workload": vars(workload), "ratio": grid.ratio(policy), "predicted": predicted}
             found.append(row | {"measured": measured, "off": measured / predicted - 1, "profile_seconds": seconds})
             print(found[-1], flush=True)
@@ -74,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     facts = profile_facts(torch.device("cuda"), torch.bfloat16) | {"date": datetime.date.today().isoformat()}
-    write_json(options.output, facts | {"unit": "milliseconds", "rows": [row for name in SHAPES for row in rows(name)]})
+    write_json(options.output, facts | {"unit": "milliseconds", "rows": [row for name in MEASURED for row in rows(name)]})
 
 
 if __name__ == "__main__":

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import structure
 
 from ppf._version import versions
 from ppf.choose.budget.projection import Projector
 from ppf.files import write_json
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 SHAPES = {
-    "ref-14m": Structure(16, 256, 4, 2, 32, 768),
-    "llama-2-7b": Structure(32, 4096, 32, 1, 128, 11008),
-    "llama-3-8b": Structure(32, 4096, 8, 4, 128, 14336),
+    "ref-14m": structure("ref-14m"),
+    "llama-2-7b": structure("llama-2-7b"),
+    "llama-3-8b": structure("llama-3-8b"),
 }
 BATCHES = (1, 64, 512)
 _ELEMENTS = 1 << 24  # utilities of a batch at most, so that a CPU is done in seconds

@@ -27,8 +27,8 @@ from ppf.cli.eval import load_for_computing
 from ppf.deliver.results import choose, deliver
 from ppf.files import write_json
 from ppf.fitting.evaluation.scoring import model_log_perplexity
+from ppf.fitting.reader import Reader
 from ppf.fitting.run import Protocol
-from ppf.text import pack, read_tokens
 
 RATIO, EVALUATIONS, LENGTH = 0.5, 200, 512
 # Name → settings that are not the default's.
@@ -78,7 +78,7 @@ def variants(asked: argparse.Namespace, pruned: Path, sequences: torch.Tensor) -
 def main() -> None:
     """Fit, prune, recover with every method, write the rows."""
     asked = arguments()
-    sequences = pack(read_tokens(asked.test_text, ppf.checkpoint.load_tokenizer(asked.model)), LENGTH)
+    sequences = Reader.of(asked.model, LENGTH).sequences(asked.test_text)
     with tempfile.TemporaryDirectory(prefix="ppf-recovery-") as folder:
         settings = ppf.Settings(evaluations=EVALUATIONS)
         run = ppf.fit(asked.model, asked.text, Path(folder) / "run", settings=settings, device=asked.device)

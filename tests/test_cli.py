@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import answer, interrupted, ppf, refusal
-from factories import quick_learning, write_checkpoint, write_text
+from factories import config_of, llama, quick_learning, write_checkpoint, write_text
 from safetensors.torch import load_file, save_file
 
 from ppf import checkpoint, files
+from ppf.checkpoint import hashes, writing
 from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
+from ppf.model.build import pruned_config
 from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +69,7 @@ def test_fit_reports_the_run(tiny_run, tmp_path):
 
 def test_policy_is_the_runs_answer(run):
     data, expected = answer("policy", run, "--ratio", 0.37), Run(run).policy(0.37)
-    assert Policy(**data["policy"]) == expected.policy and data["milliseconds"] > 0
+    assert Policy.from_dict(data["policy"]) == expected.policy and data["milliseconds"] > 0
     assert data["delivered_ratio"] == Run(run).grid.ratio(expected.policy) and data["requested_ratio"] == 0.37
     assert data["predicted"]["log_perplexity"] == pytest.approx(expected.predicted_log_perplexity)
     text = ppf("policy", run, "--ratio", 0.37).stdout
@@ -76,24 +79,27 @@ def test_policy_is_the_runs_answer(run):
 
 def test_prune_writes_a_checkpoint_with_its_facts(run, pruned, tiny_run):
     report = json.loads((pruned / "ppf.json").read_text())
-    opened, policy = Run(run, device="cpu"), Policy(**report["policy"])
-    assert policy == opened.policy(0.3).policy and report["source"] == "agent"
+    session, policy = Session(Run(run)), Policy.from_dict(report["policy"])
+    opened = session.run
+    assert policy == opened.policy(0.3).policy and report["policy_from"] == "agent" and report["source"] is None
     assert report["requested_ratio"] == 0.3 and report["delivered_ratio"] == opened.grid.ratio(policy)
     assert report["seed"] == 0 and report["settings"] == opened.settings.to_dict() and report["versions"]["torch"]
     protocol = report["measured"]["protocol"]
     assert protocol["text"] == str(tiny_run / "text.txt") and protocol["sequence_length"] == 32
     assert protocol["tokens"] == opened.sequences().numel()
-    assert report["measured"]["log_perplexity"] == pytest.approx(opened.evaluator().log_perplexity(policy), rel=1e-5)
+    assert report["measured"]["log_perplexity"] == pytest.approx(session.evaluator().log_perplexity(policy), rel=1e-5)
     assert report["dense"]["log_perplexity"] == opened.experience.lookup(opened.grid.dense())
     assert report["predicted"]["log_perplexity"] == pytest.approx(float(opened.predict(policy).mean))
-    assert report["parameters"]["pruned"] == checkpoint.load(pruned).num_parameters() < report["parameters"]["dense"]
+    sizes = {"dense": checkpoint.load(tiny_run / "model"), "pruned": checkpoint.load(pruned)}
+    assert report["parameters"] == {name: model.num_parameters() for name, model in sizes.items()}
+    assert report["budget"]["requested"] == 0.3 and report["budget"]["delivered"] == report["delivered_ratio"] != 0.3
 
 
 def test_search_finds_at_least_the_agents_policy(run, pruned, tiny_run, tmp_path):
     own = Path(shutil.copytree(run, tmp_path / "run"))
     before = len(rows(own))
     found = answer("prune", own, "--ratio", 0.3, "--search", 12, "--output", tmp_path / "found")
-    assert found["source"] == "search" and found["search_evaluations"] == 12
+    assert found["policy_from"] == "search" and found["search_evaluations"] == 12
     agents = json.loads((pruned / "ppf.json").read_text())
     assert found["measured"]["perplexity"] <= agents["measured"]["perplexity"] * (1 + 1e-6)
     assert before < len(rows(own)) <= before + 12
@@ -101,11 +107,12 @@ def test_search_finds_at_least_the_agents_policy(run, pruned, tiny_run, tmp_path
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_policy_of_ones_own(run, tmp_path, wrapped):
-    policy = {"attention": [3, 2, 0, 1], "ffn": [64, 0, 8, 32]}
+    policy = Policy([3, 2, 0, 1], [64, 0, 8, 32]).to_dict()
     file = tmp_path / "policy.json"
     file.write_text(json.dumps({"policy": policy} if wrapped else policy))
     report = answer("prune", run, "--policy", file, "--output", tmp_path / "out")
-    assert report["policy"] == policy and report["source"] == "given" and report["requested_ratio"] is None
+    assert report["policy"] == policy and report["policy_from"] == "given"
+    assert report["requested_ratio"] is None and report["budget"] is None
     assert answer("info", tmp_path / "out")["policy"] == policy
 
 
@@ -134,7 +141,7 @@ def test_eval_names_its_protocol(tiny_run):
     data = answer("eval", tiny_run / "model", "--text", text, "--sequence-length", 64, "--tokens", 640)
     protocol = data["protocol"]
     assert (protocol["tokens"], protocol["sequence_length"], protocol["text"]) == (640, 64, str(text))
-    assert protocol["sha256"] == checkpoint.hashes.sha256_of(text) and "evenly spaced" in protocol["part"]
+    assert protocol["sha256"] == hashes.sha256_of(text) and "evenly spaced" in protocol["part"]
     shown = ppf("eval", tiny_run / "model", "--text", text, "--sequence-length", 64, "--tokens", 640).stdout
     for fact in ("640", "64", "text.txt", "float32", f"{data['perplexity']:.4f}", f"{data['log_perplexity']:.6f}"):
         assert fact in shown
@@ -177,8 +184,20 @@ def test_info_about_runs_and_checkpoints(run, pruned, tiny_run):
     assert facts["kind"] == "checkpoint" and facts["parameters"] == facts["report"]["parameters"]["pruned"]
     assert facts["structure"] == Run(run).structure.to_dict()
     dense = answer("info", tiny_run / "model")
-    assert dense["report"] is None and dense["policy"] == {"attention": [3] * 4, "ffn": [64] * 4}
+    assert dense["report"] is None and dense["policy"] == Policy([3] * 4, [64] * 4).to_dict()
     assert "64/64" in ppf("info", tiny_run / "model").stdout and "measured" in ppf("info", pruned).stdout
+
+
+def test_bars_stand_beside_what_their_own_layer_has(tmp_path):
+    """Of a model whose layers differ: layer 1 has no attention, layer 2 no FFN."""
+    config = pruned_config(config_of("llama"), Policy([3, 0, 2, 1], [64, 32, 0, 8]))
+    llama(config).save_pretrained(tmp_path / "model")
+    lines = ppf("info", tmp_path / "model").stdout.splitlines()
+    assert "4 layers, hidden 48, 0 to 3 kv-groups of 2 heads x 8, 0 to 64 FFN channels" in "\n".join(lines)
+    bars = [line.split() for line in lines[-4:]]
+    full = "█" * 24
+    assert bars[0] == ["0", full, "3/3", full, "64/64"] and bars[1] == ["1", "-", full, "32/32"]
+    assert bars[2] == ["2", full, "2/2", "-"] and bars[3] == ["3", full, "1/1", full, "8/8"]
 
 
 def test_help_and_version():
@@ -222,19 +241,13 @@ def test_no_such_folder(tiny_run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_not_a_llama(model, tiny_run, tmp_path):
+def test_an_unknown_family(model, tiny_run, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
         json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     )
-    message = no_fit(model, tiny_run / "text.txt", tmp_path / "run", field="architecture", value="GPT2LMHeadModel")
-    assert "Supported: LlamaForCausalLM" in message
-
-
-def test_a_result_is_not_pruned_again(pruned, tiny_run, tmp_path):
-    assert "not pruned again" in no_fit(
-        pruned, tiny_run / "text.txt", tmp_path / "run", field="checkpoint", value=pruned
-    )
+    message = no_fit(model, tiny_run / "text.txt", tmp_path / "run", field="model_type", value="gpt2")
+    assert "Known: gemma2, gemma3_text" in message and "docs/families.md" in message
 
 
 def test_truncated_weights(model, tiny_run, tmp_path):
@@ -264,7 +277,7 @@ def flip(file: Path, place: int) -> None:
 
 
 def test_a_missing_shard(model, tiny_run, tmp_path):
-    loaded = checkpoint.load_dense(model)
+    loaded = checkpoint.load(model)
     (model / "model.safetensors").unlink()
     loaded.save_pretrained(model, max_shard_size="100KB")
     shard = sorted(model.glob("model-*.safetensors"))[1]
@@ -282,9 +295,14 @@ def test_nan_and_inf_weights(model, tiny_run, tmp_path, value):
     assert "model.layers.2.mlp.up_proj.weight" in message
 
 
-def test_a_tokenizer_larger_than_the_model(model, tiny_run, tmp_path):
-    small = write_checkpoint(tmp_path / "small", vocab_size=200)
-    assert "up to 257" in no_fit(small, tiny_run / "text.txt", tmp_path / "run", field="tokenizer", value=small)
+def test_a_tokenizer_larger_than_the_model(tiny_run, tmp_path):
+    """It may know more tokens than the model has rows; a text that yields one is refused."""
+    small = write_checkpoint(tmp_path / "small", vocab_size=200, bos_token_id=0, eos_token_id=1)
+    assert answer("eval", small, "--text", tiny_run / "text.txt", "--sequence-length", 32)["perplexity"] > 1
+    odd = tmp_path / "odd.txt"
+    odd.write_text("ÿ" * 100)
+    refusal("eval", small, "--text", odd, "--sequence-length", 32, field="text")
+    no_fit(small, odd, tmp_path / "run", field="text")
 
 
 @pytest.mark.parametrize(
@@ -391,16 +409,20 @@ def test_a_run_whose_model_changed(tmp_path, tiny_run):
 @pytest.mark.parametrize(
     ("content", "field", "value"),
     [
-        ({"attention": [3, 3, 3], "ffn": [64] * 4}, "policy.attention", [3, 3, 3]),
-        ({"attention": [3] * 4, "ffn": [64] * 5}, "policy.ffn", [64] * 5),
-        ({"attention": [3] * 4, "ffn": [64, 64, 60, 64]}, "policy.ffn[2]", 60),
-        ({"attention": [3] * 4, "ffn": [64, 64, 72, 64]}, "policy.ffn[2]", 72),
-        ({"attention": [3, 4, 3, 3], "ffn": [64] * 4}, "policy.attention[1]", 4),
-        ({"attention": [0, 3, 3, 3], "ffn": [64] * 4}, "policy.attention[0]", 0),
-        ({"attention": [3, -1, 3, 3], "ffn": [64] * 4}, "policy.attention[1]", -1),
-        ({"attention": [3] * 4}, "policy", "policy.json"),
-        ({"attention": [3.5] * 4, "ffn": [64] * 4}, "policy", "policy.json"),
-        ([3, 3], "policy", "policy.json"),
+        (Policy([3, 3, 3], [64] * 4).to_dict(), "policy.attention", [3, 3, 3]),
+        (Policy([3] * 4, [64] * 5).to_dict(), "policy.ffn", [64] * 5),
+        (Policy([3] * 4, [64, 64, 60, 64]).to_dict(), "policy.ffn[2]", 60),
+        (Policy([3] * 4, [64, 64, 72, 64]).to_dict(), "policy.ffn[2]", 72),
+        (Policy([3, 4, 3, 3], [64] * 4).to_dict(), "policy.attention[1]", 4),
+        (Policy([0, 3, 3, 3], [64] * 4).to_dict(), "policy.attention[0]", 0),
+        (Policy([3, -1, 3, 3], [64] * 4).to_dict(), "policy.attention[1]", -1),
+        (Policy([3] * 4, [64] * 4, experts=[8] * 4).to_dict(), "policy", "experts"),
+        ({"attention": [3] * 4, "ffn": [64] * 4}, "policy", "format 1"),
+        ({"policy": {"attention": [3] * 4, "ffn": [64] * 4}}, "policy", "format 1"),
+        ({"format": 3, "widths": {"attention": [3] * 4, "ffn": [64] * 4}}, "policy.format", 3),
+        ({"format": 2, "widths": {"attention": [3] * 4}}, "policy.widths", "attention"),
+        ({"format": 2, "widths": {"attention": [3.5] * 4, "ffn": [64] * 4}}, "policy.widths.attention", 3.5),
+        ([3, 3], "policy.format", "list"),
         ("{", "policy", "policy.json"),
         (None, "policy", "policy.json"),
     ],
@@ -431,7 +453,7 @@ def test_no_space_left(run, tiny_run, tmp_path):
         arguments = ("prune", run, "--ratio", 0.3, "--output", disk / "out")
         assert "no space left" in refusal(*arguments, field="output", value=disk / "out")
         with pytest.MonkeyPatch.context() as patch:  # the estimate passes, the writing fails
-            patch.setattr(checkpoint.writing, "require_space", lambda *_: None)
+            patch.setattr(writing, "require_space", lambda *_: None)
             assert "no space left" in refusal(*arguments, field="output", value=disk / "out")
         assert list(disk.iterdir()) == []
         fit = fit_arguments(tiny_run / "model", tiny_run / "text.txt", disk / "run")
@@ -473,7 +495,7 @@ def test_interrupting_another_command_writes_nothing(run, tmp_path, monkeypatch)
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "materialize", interrupt)
+    monkeypatch.setattr(Session, "materialize", interrupt)
     arguments = ("prune", run, "--ratio", 0.3, "--output", tmp_path / "out")
     result = ppf(*arguments)
     assert result.exit_code == 130 and result.stderr.splitlines()[-1].startswith("Interrupted. Nothing was written")

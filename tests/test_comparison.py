@@ -3,13 +3,13 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from cli_cases import answer, ppf, refusal
 from factories import config_of, llama, quick_learning, tokens, write_checkpoint, write_text
 
-from ppf.choose.budget import RatioBudget
 from ppf.errors import InputError
 from ppf.families import families, family_of
 from ppf.fast.permute import permuted
@@ -20,9 +20,10 @@ from ppf.fitting.reader import Reader
 from ppf.fitting.run import Run, Settings
 from ppf.fitting.session import Session
 from ppf.fitting.stages import fit
-from ppf.lab.comparison import ALL, parse_methods
+from ppf.lab.comparison import ALL, compare, parse_methods
 from ppf.lab.comparison.asis import _biases, _log_perplexity, _ranking
-from ppf.lab.comparison.methods import Method, suited
+from ppf.lab.comparison.methods import suited
+from ppf.lab.comparison.page import table_of
 from ppf.lab.peers import PEERS
 from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
@@ -174,30 +175,66 @@ def test_flaps_biases_are_the_mean_of_what_was_removed(folder):
     assert dense == pytest.approx(session.evaluator().log_perplexity(run.grid.dense()), abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "smollm3"])
-def test_constant_channels_are_made_up_for_by_their_biases(family):
-    """Channels that never change are what FLAP's biases stand for: with these alone removed, nothing is lost."""
-    config = config_of(family)
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_flaps_biases_make_up_for_channels_that_never_change(family):
+    """Some channels of layer 1, all of layer 2 and a kv-group of layer 3 are constants: biases alone. With the means
+    of these given back, nothing is lost."""
+    config = config_of(family, attention_bias=True, mlp_bias=True)
     state = llama(config).state_dict()
-    dense = Decoder.of_state(config, state)
-    grid, sequences = Grid(dense.structure, 8), tokens(4, 24)
-    # A gate that reads nothing, and an up that is nothing but its value: no row of these moves with the text.
-    names = dense.names(1)
-    frozen = dict(dense.layers[1])
-    for unit in names.unit_tensors(frozen, "ffn"):
-        if unit.dim == 0:
-            rows = unit.index(torch.arange(16), names.units("ffn"))
-            frozen[unit.name] = frozen[unit.name].clone().index_fill(0, rows, 0.0)
-    layers = list(dense.layers)
-    layers[1] = frozen
-    decoder = replace(dense, layers=tuple(layers))
-    statistics = list(calibrate(decoder, sequences))
-    ranking = [rank_layer("flap-wifv", decoder, index, s) for index, s in enumerate(statistics)]
-    assert set(ranking[1].ffn[-16:].tolist()) == set(range(16))
-    ranked, policy = permuted(decoder, ranking), Policy([3] * 4, [64, 48, 64, 64])
-    biases = _biases(ranked, ranking, statistics, policy)
-    dense_value = Evaluator(decoder, grid, sequences).log_perplexity(grid.dense())
-    assert _log_perplexity(ranked, grid, policy, sequences, biases) == pytest.approx(dense_value, abs=1e-5)
+    for name, rows in (("1.mlp.gate_proj", 16), ("1.mlp.up_proj", 16), ("2.mlp.gate_proj", 64), ("2.mlp.up_proj", 64),
+                       ("3.self_attn.v_proj", 8)):  # fmt: skip
+        state[f"model.layers.{name}.weight"][:rows] = 0
+    decoder, sequences = Decoder.of_state(config, state), tokens(4, 24)
+    grid, moments = Grid(decoder.structure, 8), list(calibrate(decoder, sequences))
+    ranking = [rank_layer("flap-wifv", decoder, index, layer) for index, layer in enumerate(moments)]
+    ranked, policy = permuted(decoder, ranking), Policy([3, 3, 3, 2], [64, 48, 0, 64])
+    biases = _biases(ranked, ranking, moments, policy)
+    found, without = (_log_perplexity(ranked, grid, policy, sequences, b) for b in (biases, {}))
+    dense = Evaluator(decoder, grid, sequences).log_perplexity(grid.dense())
+    assert found == pytest.approx(dense, abs=1e-4) and abs(without - dense) > 1e-3
+
+
+def test_flaps_biases_are_left_out_where_norms_follow():
+    """Of all methods, on every family; a method that was asked for by name is refused instead."""
+    every = parse_methods("all")
+    for family in families():
+        has_norms = any(part.after for part in family.parts.values())
+        methods, left_out = suited(every, family)
+        assert set(left_out) == ({"flap as is"} if has_norms else set())
+        assert len(methods) + len(left_out) == len(every)
+    asked = parse_methods("uniform,flap as is")
+    assert suited(asked, family_of("qwen3")) == (asked, {})
+    with pytest.raises(InputError, match="norms behind"):
+        suited(asked, family_of("gemma2"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of a model whose attention goes as a whole and whose sub-layers have norms behind them."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_checkpoint(folder / "model", family="olmo2")
+    write_text(folder / "text.txt")
+    write_text(folder / "report.txt", words=300, seed=5)
+    settings = Settings(evaluations=24, ffn_multiple=8, sequence_length=32, calibration_tokens=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        quick_learning(patch)
+        fit(folder / "model", folder / "text.txt", folder / "run", settings=settings, device="cpu")
+    return folder
+
+
+def test_all_methods_but_one_run_on_a_family_with_norms_behind_its_sublayers(whole):
+    quick = parse_methods("wanda-sp as is,flap as is,uniform,flap,owl,alphapruning,shortgpt,dynamic,static:3")
+    everything = [replace(method, by_name=False) for method in quick]
+    arguments = whole / "report.txt", whole / "out", everything, [0.3]
+    data = compare(Session(Run(whole / "run")), *arguments)
+    assert [cell["method"] for cell in data["cells"]] == [m.name for m in quick if m.name != "flap as is"]
+    assert list(data["left_out"]) == ["flap as is"]
+    headers, rows = table_of(data)
+    assert rows[-1] == ["flap as is (left out)", "–", "–", "–"] and len(headers) == 4
+    assert "flap as is is left out" in (whole / "out" / "comparison.html").read_text()
+    with pytest.raises(InputError, match="flap as is"):
+        compare(Session(Run(whole / "run")), whole / "report.txt", whole / "refused", quick, [0.3])
+    assert not (whole / "refused").exists()
 
 
 def test_people_get_a_table(folder):

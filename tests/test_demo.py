@@ -6,7 +6,7 @@ import math
 import pytest
 from cli_cases import answer, ppf
 
-from ppf import checkpoint
+from ppf.checkpoint.hashes import sha256_of
 from ppf.cli.demo import DATA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def test_the_held_out_text_was_never_fitted_on(result, folder):
     assert fitting.read_text() + held_out.read_text() == (DATA / "sample.txt").read_text()
     assert result["dense"]["protocol"]["text"] == str(held_out)
     texts = json.loads((folder / "run" / "run.json").read_text())["texts"]
-    assert texts == {"text": checkpoint.hashes.sha256_of(fitting), "eval_text": None}
+    assert texts == {"text": sha256_of(fitting), "eval_text": None}
     assert result["dense"]["protocol"]["tokens"] > 20_000
     for row in result["rows"]:
         assert row["ppf"]["held_out"]["protocol"] == result["dense"]["protocol"]

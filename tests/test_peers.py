@@ -234,7 +234,8 @@ def test_flap_counts_costs_to_the_budget():
 
 def test_shares_are_of_parameters_and_absent_layers_count_nothing():
     structure = observed("irregular").grid.structure
-    costs = torch.tensor([a.units * a.cost + f.units * f.cost for a, f in zip(structure.attention, structure.ffn)])
+    attention, ffn = (torch.tensor([s.units * s.cost for s in structure.of(kind)]) for kind in KINDS)
+    costs = attention + ffn
     values = torch.tensor([0.1, 0.2, 0.3, 100.0, 0.5], dtype=torch.float64)
     assert float(mean_over_layers(values, structure)) == pytest.approx(float((values * costs).sum() / costs.sum()))
     assert costs[3] == 0 and len(set(costs.tolist())) == 5

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from factories import synthetic_log_perplexity
+from structures import irregular_structure, llama_structure
 
 from ppf.choose.candidates.sampling import random_levels, random_ratios
 from ppf.choose.predictor import gaussian, one_hot
@@ -13,11 +14,11 @@ from ppf.choose.predictor.posterior import Posterior, Waves
 from ppf.choose.predictor.spread import Spread
 from ppf.choose.predictor.training import fit_predictor
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRID = Grid(Structure(4, 48, 3, 2, 8, 64), 16)  # 4 levels of attention, 5 of the FFN
+GRID = Grid(llama_structure(4, 48, 3, 2, 8, 64), 16)  # 4 levels of attention, 5 of the FFN
 LAYERS = GRID.structure.layers
+UNEVEN = Grid(irregular_structure(), 16)  # layers of their own widths; some lack a sub-layer or both
 
 
 def drawn(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +76,20 @@ def test_absence_is_told_apart_from_little(kernel):
     assert (absent[:2] == 0).all() and absent[2].nonzero().flatten().tolist() == [1]
 
 
+def test_sublayers_that_the_model_lacks_say_nothing():
+    """They are at the same place in every policy, whatever their parameters are."""
+    generator = torch.Generator().manual_seed(0)
+    levels = random_levels(UNEVEN, random_ratios(20, generator), generator)
+    kernel, absent = PolicyKernel(UNEVEN).requires_grad_(False), torch.tensor(UNEVEN.maximum) == 0
+    before = kernel(kernel.at(levels), kernel.at(levels))
+    for name in ("gap", "own_gap", "scale", "weight", "absence", "reach", "rough"):
+        getattr(kernel, name)[absent] += 1
+    assert absent.sum() == 4
+    torch.testing.assert_close(kernel(kernel.at(levels), kernel.at(levels)), before)
+    kernel.scale[~absent] += 1  # negative control
+    assert (kernel(kernel.at(levels), kernel.at(levels)) - before).abs().max() > 1e-3
+
+
 def test_lines_start_with_the_shape_of_the_error_energies():
     energies = torch.zeros(GRID.sublayers, GRID.levels)
     energies[:LAYERS, :4] = torch.tensor([1.0, 0.5, 0.2, 0.0])
@@ -95,8 +110,9 @@ def test_energies_are_saved(tmp_path):
     assert torch.equal(again.kernel.start, told.kernel.start)
 
 
-def test_the_prior_prefers_what_it_starts_from():
-    kernel = PolicyKernel(GRID)
+@pytest.mark.parametrize("grid", [GRID, UNEVEN], ids=["equal layers", "layers that differ"])
+def test_the_prior_prefers_what_it_starts_from(grid):
+    kernel = PolicyKernel(grid)
     assert kernel.penalty() == 0
     for name, parameter in kernel.named_parameters():
         with torch.no_grad():

@@ -6,28 +6,32 @@ import shutil
 import pytest
 import torch
 from cli_cases import answer, refusal
-from factories import dense_weights
+from factories import byte_tokenizer, config_of, dense_weights, llama, model_of
 
+from ppf.choose.budget import PROFILE, Profile
 from ppf.deliver import profiling
-from ppf.deliver.profiling import Workload, _spread, check_workload, measure_profile, milliseconds
-from ppf.deliver.request import PROFILE
+from ppf.deliver.profiling import _spread, measure_profile
 from ppf.errors import InputError
-from ppf.fitting.materialise import materialize
+from ppf.fast.permute import identity
+from ppf.fast.timing import Workload, check_workload, milliseconds
+from ppf.fitting.materialize import materialize
 from ppf.fitting.run import Run
-from ppf.model import policy_of
+from ppf.model.build import policy_of, pruned_config
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
 from ppf.model.policy import Policy
-from ppf.model.weights import LayerRanking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def builder_of(decoder: Decoder, multiple: int):
+    grid = Grid(decoder.structure, multiple)
+    return grid, lambda policy: materialize(decoder, identity(decoder), grid, policy)
+
+
 @pytest.fixture(scope="module")
 def builder():
-    model, weights = dense_weights()
-    grid, s = Grid(weights.structure, 8), weights.structure
-    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
-    return grid, lambda policy: materialize(model.config, weights, order, grid, policy)
+    return builder_of(dense_weights()[1], 8)
 
 
 def made_up(policy: Policy) -> float:
@@ -46,6 +50,15 @@ def test_differences_are_shared_out_exactly(builder, monkeypatch):
     assert profile.ffn == pytest.approx([0.08 * n for n in range(9)])
     assert [event[1] for event in seen] == list(range(1, len(seen) + 1)) and seen[-1][1] <= seen[-1][2]
     uneven = Policy([1, 3, 0, 2], [64, 0, 8, 40])
+    assert float(profile.costs(grid).of(grid.encode([uneven]))[0]) == pytest.approx(made_up(uneven))
+
+
+def test_attention_that_goes_as_a_whole_has_two_levels(monkeypatch):
+    grid, build = builder_of(dense_weights(family="olmo2")[1], 8)
+    monkeypatch.setattr(profiling, "milliseconds", lambda model, _: made_up(policy_of(model.config)))
+    profile = measure_profile(grid, build, Workload("prefill", 1, 8))
+    assert profile.attention == pytest.approx([0, 1.3]) and profile.constant == pytest.approx(3)
+    uneven = Policy([3, 3, 0, 0], [64, 0, 8, 40])
     assert float(profile.costs(grid).of(grid.encode([uneven]))[0]) == pytest.approx(made_up(uneven))
 
 
@@ -82,10 +95,10 @@ def test_the_command_writes_what_latency_budgets_read(tiny_run, tmp_path):
     assert stored["profiles"] == data["profiles"] and stored["runner"] == "transformers"
     assert data["profiles"]["prefill"]["workload"] == {"phase": "prefill", "batch": 1, "tokens": 24}
     run = Run(tmp_path / "run")
-    least, most = profiling.Profile.from_dict(data["profiles"]["prefill"]).costs(run.grid).range(run.grid)
+    least, most = Profile.from_dict(data["profiles"]["prefill"]).costs(run.grid).range(run.grid)
     asked = least + 0.6 * (most - least)
     report = answer("prune", run.path, "--latency-ms", asked, "--device", "cpu", "--output", tmp_path / "out")
-    assert report["budget"]["measured"] > 0 and report["budget"]["workload"]["tokens"] == 24
+    assert report["budget"]["delivered"] > 0 and report["budget"]["workload"]["tokens"] == 24
     assert 0.5 * asked < report["budget"]["predicted"] <= asked * (1 + 1e-9)  # a busy machine's table is coarse
 
 
@@ -97,23 +110,25 @@ def test_a_model_needs_an_output(tiny_run, tmp_path):
     refusal("profile", tiny_run / "run", "--device", "cpu", "--prefill", 400, field="prefill")
 
 
+def test_layers_that_differ_are_refused_before_any_work(tmp_path):
+    config = pruned_config(config_of("qwen2"), Policy([3, 0, 2, 3], [64, 32, 0, 64]))
+    llama(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    given = "profile", tmp_path / "model", "--device", "cpu", "--ffn-multiple", 8, "--output", tmp_path / "profile.json"
+    message = refusal(*given, field="model", value=tmp_path / "model")
+    assert "layers of this model differ; latency budgets need equal layers" in message
+    assert not (tmp_path / "profile.json").exists()
+
+
 @pytest.mark.gpu
-def test_the_sum_meets_whole_models_on_a_gpu():
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_sum_meets_whole_models_on_a_gpu(family):
     """Uneven policies of a model whose sub-layers take long enough to be timed: within a tenth."""
-    model, weights = dense_weights(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=64, max_position_embeddings=2048,
+    model = model_of(
+        family, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=2048,
     )  # fmt: skip
-    model, weights = model.to("cuda", torch.bfloat16), weights
-    from ppf.model.weights import DecoderWeights
-
-    weights = DecoderWeights.from_model(model)
-    grid, s = Grid(weights.structure, 256), weights.structure
-    order = [LayerRanking(torch.arange(s.kv_groups), torch.arange(s.channels))] * s.layers
-
-    def build(policy):
-        return materialize(model.config, weights, order, grid, policy)
-
+    grid, build = builder_of(Decoder.of_model(model.to("cuda", torch.bfloat16)), 256)
     for workload in (Workload("prefill", 1, 1024), Workload("decode", 1, 512)):
         profile = measure_profile(grid, build, workload)
         policy = Policy([8, 2, 4, 0, 6, 8, 1, 5], [2816, 1024, 0, 2048, 512, 1280, 2816, 256])

@@ -6,19 +6,22 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from factories import byte_tokenizer, llama, llama_config
+from factories import byte_tokenizer, config_of, llama, llama_config, model_of
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
+from transformers import GenerationConfig, GenerationMixin, GPT2Config, GPT2LMHeadModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import ppf
 from ppf.errors import InputError
-from ppf.fast.runtime import generation, loop
-from ppf.model import build, pruned_config
-from ppf.model.layout import expected_tensors
+from ppf.families import family_of
+from ppf.fast.runtime import generation, loop, prefill
+from ppf.fast.runtime.plan import Plan, plan_of, unsupported
+from ppf.model.build import build, expected_tensors, pruned_config
+from ppf.model.geometry import structure_of
 from ppf.model.policy import Policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,27 +45,28 @@ def served(monkeypatch, one_thread) -> list[Tensor]:
     return results
 
 
-def pruned(policy: Policy = POLICY, dtype: torch.dtype = torch.float32, **changes):
-    config = pruned_config(llama_config(**changes), policy)
-    source = llama(llama_config(**changes)).state_dict()
+def shrunk(model, policy: Policy):
+    """``model`` with some of its weights, in the shapes of ``policy``."""
+    config, source = pruned_config(model.config, policy), model.state_dict()
     shapes = expected_tensors(config).items()
     state = {name: source[name][tuple(slice(n) for n in shape)].clone() for name, shape in shapes}
-    return build(config, state, dtype).to(DEVICE)
+    return build(config, state, model.dtype, model.generation_config)
 
 
-def dense(dtype: torch.dtype = torch.float32, **changes):
-    return ppf.accelerate(llama(llama_config(**changes), dtype=dtype).to(DEVICE))
+def pruned(policy: Policy = POLICY, dtype: torch.dtype = torch.float32, family: str = "llama", **changes):
+    return ppf.accelerate(shrunk(model_of(family, dtype=dtype, **changes), policy).to(DEVICE))
+
+
+def dense(dtype: torch.dtype = torch.float32, family: str = "llama", **changes):
+    return ppf.accelerate(model_of(family, dtype=dtype, **changes).to(DEVICE))
 
 
 def uneven(model):
     """``model`` with the leading units of every layer, fewer in every second one, and no FFN in layer 1."""
-    s = ppf.Structure.from_config(model.config)
-    groups = [s.kv_groups // (1 + index % 2) for index in range(s.layers)]
-    channels = [0 if index == 1 else s.channels // (1 + index % 3) for index in range(s.layers)]
-    config, source = pruned_config(model.config, Policy(groups, channels)), model.state_dict()
-    shapes = expected_tensors(config).items()
-    state = {name: source[name][tuple(slice(n) for n in shape)].clone() for name, shape in shapes}
-    return build(config, state, model.dtype, model.generation_config)
+    s = structure_of(family_of(model.config.model_type), model.config)
+    groups = [sublayer.units // (1 + index % 2) for index, sublayer in enumerate(s.attention)]
+    channels = [0 if index == 1 else sublayer.units // (1 + index % 3) for index, sublayer in enumerate(s.ffn)]
+    return ppf.accelerate(shrunk(model, Policy(groups, channels)))
 
 
 def prompts(*lengths: int) -> dict[str, Tensor]:
@@ -77,9 +81,9 @@ def prompts(*lengths: int) -> dict[str, Tensor]:
 def both(model, **kwargs) -> tuple[Tensor, Tensor]:
     """What the model's generate() returns, and the plain path's; streamers and criteria are given to both."""
     results = []
-    for generate in (type(model).generate if "generate" not in vars(model) else None, GenerationMixin.generate):
+    for generate in (model.generate, lambda **k: GenerationMixin.generate(model, **k)):
         torch.manual_seed(3)
-        results.append(generate(model, **kwargs) if generate else model.generate(**kwargs))
+        results.append(generate(**kwargs))
     return tuple(results)
 
 
@@ -105,7 +109,7 @@ LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 VARIANTS = {
     "tied": lambda: dense(tie_word_embeddings=True),
     "llama3 rotary": lambda: dense(rope_parameters=LLAMA3),
-    "mistral": lambda: ppf.accelerate(pruned(Policy([5] * 4, [32] * 4), heads="mha")),
+    "mistral": lambda: pruned(Policy([5] * 4, [32] * 4), heads="mha"),
     "one kv-group": lambda: pruned(Policy([1, 1, 1, 1], [8, 64, 8, 64])),
     "wide head": lambda: dense(head_dim=24),
 }
@@ -115,6 +119,89 @@ VARIANTS = {
 def test_other_llamas(name, served):
     got, wanted = both(VARIANTS[name](), **prompts(20, 6), max_new_tokens=40, **GREEDY)
     assert torch.equal(got, wanted) and len(served) == 1
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+PLAIN_ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+FAMILIES = {  # by name: a family, and what else is special
+    "llama with all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows": ("qwen2", WINDOWS),
+    "qwen3": ("qwen3", {}),
+    "qwen3 with biases and windows": ("qwen3", WINDOWS | {"attention_bias": True}),
+    "phi3": ("phi3", {"rope_parameters": PLAIN_ROTARY, "sliding_window": 13}),
+}
+
+
+@pytest.mark.parametrize("block", [4096, 5])
+@pytest.mark.parametrize("make", [dense, pruned])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families(name, make, block, served, monkeypatch):
+    """Prompts shorter and longer than the window, which goes on moving; and prompts in several blocks of queries."""
+    monkeypatch.setattr(prefill, "BLOCK_QUERIES", block)
+    family, changes = FAMILIES[name]
+    model = make(family=family, **changes)
+    for lengths in ((30, 9), (4,), (23,)):
+        got, wanted = both(model, **prompts(*lengths), max_new_tokens=24, **GREEDY)
+        assert torch.equal(got, wanted)
+    assert len(served) == 3
+
+
+def without(name: str):
+    """A plan function that forgets one kind of tensor, or all windows."""
+
+    def forgetful(model) -> Plan:
+        plan = plan_of(model)
+        layers = []
+        for layer in plan.layers:
+            attention, ffn = (
+                replace(part, **{f.name: None for f in fields(part) if f.name.endswith(name)})
+                for part in (layer.attention, layer.ffn)
+            )
+            layers.append(
+                replace(layer, attention=attention, ffn=ffn, window=None if name == "window" else layer.window)
+            )
+        return replace(plan, layers=tuple(layers))
+
+    return forgetful
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "name"),
+    [
+        ("q_bias", "qwen3 with biases and windows"), ("o_bias", "llama with all biases"),
+        ("gate_bias", "llama with all biases"), ("down_bias", "llama with all biases"), ("window", "mistral"),
+        ("window", "qwen2 with windows"), ("q_norm", "qwen3"), ("k_norm", "qwen3"),
+    ],
+)  # fmt: skip
+def test_what_is_forgotten_is_noticed(forgotten, name, served, monkeypatch):
+    """Negative control of the test above."""
+    monkeypatch.setattr("ppf.fast.runtime.state.plan_of", without(forgotten))
+    family, changes = FAMILIES[name]
+    got, wanted = both(dense(family=family, **changes), **prompts(30, 9), max_new_tokens=24, **GREEDY)
+    assert len(served) == 1 and not torch.equal(got, wanted)
+
+
+def test_a_bias_of_some_of_the_projections(served):
+    """Those that lack one get zeros."""
+    model = model_of("llama", attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias = None
+    got, wanted = both(ppf.accelerate(model.to(DEVICE)), **prompts(12, 5), max_new_tokens=12, **GREEDY)
+    assert torch.equal(got, wanted) and len(served) == 1
+    assert all(layer.attention.k_bias.count_nonzero() == 0 for layer in plan_of(model).layers)
+
+
+def test_windows_of_layers():
+    """As transformers has them: of all layers, of those after a number, or of none although a size is there."""
+
+    def windows(family: str, **changes) -> list[int | None]:
+        return [layer.window for layer in plan_of(model_of(family, **changes)).layers]
+
+    assert windows("mistral") == [16] * 4 and windows("mistral", sliding_window=None) == [None] * 4
+    assert windows("qwen2", **WINDOWS) == [None, None, 9, 9]
+    assert windows("qwen3", **WINDOWS | {"use_sliding_window": False}) == [None] * 4
 
 
 def test_256_tokens(served):
@@ -311,14 +398,48 @@ def test_a_cpu_says_so_once(monkeypatch):
     assert torch.equal(got, GenerationMixin.generate(model, **inputs, max_new_tokens=5, **GREEDY))
 
 
-def test_other_models_are_refused():
-    config = Qwen2Config(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
-    )
-    with pytest.raises(InputError, match="not a Llama"):
-        ppf.accelerate(Qwen2ForCausalLM(config))
-    with pytest.raises(InputError, match="biases"):
-        ppf.accelerate(copy.deepcopy(llama(llama_config())).__class__(llama_config(attention_bias=True)))
+UNSERVED = {
+    "ministral3": "position scale", "gemma2": "sandwich norms", "gemma3_text": "several rotations",
+    "phi3": "partial rotation", "olmo2": "joint head norm", "smollm3": "unrotated layers", "granite": "residual scale",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNSERVED)
+def test_families_of_other_arithmetic_take_the_plain_path_with_one_warning(family, served, recwarn):
+    """The warning names what is in the way."""
+    model, inputs = dense(family=family), prompts(6, 4)
+    for _ in range(2):
+        got, wanted = both(model, **inputs, max_new_tokens=5, **GREEDY)
+    told = [str(w.message) for w in recwarn if "plain path" in str(w.message)]
+    assert torch.equal(got, wanted) and not served and len(told) == 1 and UNSERVED[family] in told[0]
+
+
+def test_other_models_take_the_plain_path(served):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=256)).to(DEVICE).eval()
+    with pytest.warns(UserWarning, match="gpt2"):
+        ppf.accelerate(model)
+    got, wanted = both(model, **prompts(4), max_new_tokens=5, eos_token_id=None, **GREEDY)
+    assert torch.equal(got, wanted) and not served
+    with pytest.raises(InputError, match="no generate"):
+        ppf.accelerate(torch.nn.Linear(2, 2))
+
+
+def test_reasons():
+    """What a family serves but a model of it has not."""
+    assert "activation" in unsupported(model_of("llama", hidden_act="gelu"))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert "length-dependent" in unsupported(model_of("llama", rope_parameters=dynamic))
+    mixed = model_of("qwen2")
+    mixed.model.layers[0].mlp.half()
+    assert "several dtypes" in unsupported(mixed)
+
+    class Strange(type(mixed)):
+        pass
+
+    own = model_of("qwen2")
+    own.__class__ = type(llama(llama_config()))
+    assert "not a Qwen2ForCausalLM" in unsupported(own)
+    assert unsupported(model_of("qwen2")) is None
 
 
 @pytest.mark.reference
@@ -366,8 +487,10 @@ def error_ratio(model, batch: int, length: int = 40, steps: int = 32) -> float:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [dense, pruned])
-def test_logits_are_as_exact_as_the_plain_path_s(make, dtype):
-    assert error_ratio(make(dtype=dtype), 3) <= 2
+@pytest.mark.parametrize("name", [*FAMILIES, "llama"])
+def test_logits_are_as_exact_as_the_plain_path_s(name, make, dtype):
+    family, changes = FAMILIES.get(name, (name, {}))
+    assert error_ratio(make(dtype=dtype, family=family, **changes), 3) <= 2
 
 
 @pytest.mark.gpu
@@ -384,4 +507,26 @@ def test_llama_widths(heads, kv_heads, channels):
     }
     model = build(config, state, torch.bfloat16)
     for batch in (1, 4, 16, 40):
+        assert error_ratio(model, batch, 60, 8) <= 2, batch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "heads", "kv_heads", "head_dim"), [
+    ("qwen2", 28, 4, 128), ("qwen3", 32, 8, 128), ("mistral", 32, 8, 128), ("qwen3", 16, 8, 64),
+])  # fmt: skip
+def test_widths_of_other_families(family, heads, kv_heads, head_dim):
+    """Two layers as wide as a Qwen2.5-7B's, a Qwen3-8B's, a Mistral's with a window inside the text, a small Qwen3's."""
+    hidden = heads * head_dim
+    config = config_of(
+        family, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=32000,
+    )  # fmt: skip
+    state = {
+        name: 1 + 0.1 * torch.randn(shape, device=DEVICE)
+        if "norm" in name
+        else torch.randn(shape, device=DEVICE) * 0.02
+        for name, shape in expected_tensors(config).items()
+    }
+    model = build(config, state, torch.bfloat16)
+    for batch in (1, 4, 40):
         assert error_ratio(model, batch, 60, 8) <= 2, batch

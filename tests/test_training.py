@@ -4,16 +4,16 @@ import pytest
 import torch
 from factories import synthetic_log_perplexity
 from scipy.stats import spearmanr
+from structures import llama_structure
 
 from ppf.choose.candidates.sampling import random_levels, random_ratios
 from ppf.choose.predictor import Predictor, ensemble, make_predictor, one_hot
 from ppf.choose.predictor.mlp import MLP
 from ppf.choose.predictor.training import fit_predictor
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRID = Grid(Structure(6, 48, 3, 2, 8, 128), 16)
+GRID = Grid(llama_structure(6, 48, 3, 2, 8, 128), 16)
 RATIOS = (0.2, 0.35, 0.5)
 
 

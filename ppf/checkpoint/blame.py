@@ -22,7 +22,8 @@ def attempt(file: Path, data: Fields, action: Callable[[Fields], Result]) -> Res
     except Exception as error:  # transformers and its validators raise many kinds, all about the file's content
         said = shown(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         problem = f"transformers refuses it in {file} ({said})"
-        for field in data:
+        # Nested values and names of things are more often at fault than what validators look at.
+        for field in sorted(data, key=lambda name: not isinstance(data[name], dict | list | str)):
             if _works(action, {name: value for name, value in data.items() if name != field}):
                 raise InputError(field, shown(data[field]), problem, CORRECT) from error
         raise InputError("config", file, problem, CORRECT) from error

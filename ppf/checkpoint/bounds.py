@@ -17,6 +17,8 @@ from ..model.build import LAYERS, TIED
 from .blame import CORRECT, shown
 from .headers import StoredTensor
 
+# How far back attention looks: transformers reads these of any configuration, and only at run time.
+_REACHES = "sliding_window", "attention_chunk_size"
 _DEEPEST = 16
 _TOO_LARGE, _LARGEST = 2**63, 2**31
 
@@ -66,6 +68,9 @@ def require_sizes(file: Path, data: Mapping[str, Any], family: Family, held: Hel
             _require_width(file, field, data[field], _LARGEST if ours else held.widest)
     if data.get("head_dim") is not None:
         _require_width(file, "head_dim", data["head_dim"], held.widest)
+    for field in _REACHES:
+        if data.get(field) is not None:
+            _count(file, field, data[field])
     _require_whole_groups(file, data, family)
     if ours:
         _require_layer_widths(file, data["per_layer_config"], held)

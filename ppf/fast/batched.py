@@ -42,7 +42,7 @@ def applies(decoder: Decoder) -> bool:
 
 def unserved_by(decoder: Decoder) -> str | None:
     """Why this path cannot run the model, as the end of a sentence; None if it can."""
-    reasons = _foreign_arithmetic(decoder), _foreign_sizes(decoder), _foreign_device(decoder)
+    reasons = (foreign(decoder) for foreign in (_foreign_arithmetic, _foreign_sizes, _foreign_device))
     return next((reason for reason in reasons if reason), None)
 
 

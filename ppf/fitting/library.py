@@ -25,7 +25,6 @@ from torch import Tensor
 from ..errors import PPFError
 from ..families import KINDS
 from ..files import write_safetensors
-from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..model.layer import LayerRanking, expand_units
 from .calibration import LayerStatistics, Statistics
@@ -212,11 +211,6 @@ def load_refits(
             half, inverse = half.to(dense.device), inverse.to(dense.device)
         found[kind] = Refit(dense, half, inverse, tuple(widths_of(grid, kind, index)), error)
     return found
-
-
-def outputs_of(decoder: Decoder, index: int) -> dict[str, Tensor]:
-    """The output projections that layer ``index`` has, by kind."""
-    return {kind: decoder.output(index, kind) for kind in KINDS if decoder.structure.of(kind)[index].units}
 
 
 def fits_on_device(grid: Grid, dtype: torch.dtype, device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from ..model.decoder import Decoder
 from ..model.policy import Policy
 from ..model.precision import compute_dtype
 from .evaluation import Evaluator
-from .library import Library, fits_on_device, load_refits, outputs_of
+from .library import Library, fits_on_device, load_refits
 from .materialize import materialize
 from .run import Run
 from .run.directory import layer_file
@@ -48,7 +48,7 @@ class Session:
         room = fits_on_device(run.grid, ranked.dtype, self.device)
         layers = []
         for index in range(run.structure.layers):
-            outputs = outputs_of(ranked, index)
+            outputs = ranked.names(index).outputs(ranked.layers[index])
             needed = [f"{kind}.{name}" for kind in outputs for name in ("half", "inverse", "error")]
             tensors = run.tensors(layer_file("library", index), *needed)
             layers.append(load_refits(tensors, outputs, run.grid, index, room))

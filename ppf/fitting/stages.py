@@ -26,7 +26,7 @@ from ..progress import Progress, silent
 from ..text import Splits, check_context, split, take_tokens
 from .calibration import LayerStatistics, calibrate
 from .collection import Learning, collect, learn
-from .library import library_bytes, outputs_of, refit_layer, save_refits
+from .library import library_bytes, refit_layer, save_refits
 from .ranking import rank_layer
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
 from .reader import Reader
@@ -170,7 +170,7 @@ def _store_layer(session: Session, index: int, statistics: LayerStatistics, scor
     ranking = rank_layer(run.settings.ranking, decoder, index, statistics, scores)
     write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
     ranked = permute_layer(decoder.names(index), decoder.layers[index], ranking)
-    outputs = {kind: ranked[f"{decoder.family.parts[kind].output_name}.weight"] for kind in outputs_of(decoder, index)}
+    outputs = decoder.names(index).outputs(ranked)
     save_refits(run.path / layer_file("library", index), refit_layer(outputs, statistics, ranking, run.grid, index))
 
 

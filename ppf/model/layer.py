@@ -73,6 +73,11 @@ class LayerMap:
         if (output := f"{part.output_name}.weight") in layer:
             yield UnitTensor(kind, output, 1, (("output", self.structure.of(kind)[self.index].columns),))
 
+    def outputs(self, layer: Layer) -> dict[str, Tensor]:
+        """The output projections [hidden, n] that the layer has, by kind."""
+        named = {kind: f"{part.output_name}.weight" for kind, part in self.family.parts.items()}
+        return {kind: layer[name] for kind, name in named.items() if self.units(kind) and name in layer}
+
     def prefix(self, layer: Layer, kind: str, width: int, output: Tensor | None = None) -> dict[str, Tensor]:
         """All tensors of a sub-layer that keeps its first ``width`` units: views, but copies where a projection is
         fused. ``output`` replaces the output projection's weight, cut already. Width 0 is no tensors."""

@@ -139,7 +139,8 @@ class PolicyKernel(nn.Module):
         for name, freedom in _FREEDOM.items():
             value = getattr(self, name)
             if "gap" in name:
-                mean = (value * self.used).sum(1, keepdim=True) / self.used.sum(1, keepdim=True)
+                steps = self.used.sum(1, keepdim=True).clamp_min(1)  # none where the model has no such sub-layer
+                mean = (value * self.used).sum(1, keepdim=True) / steps
                 strays = (value - mean) * self.used
             else:
                 strays = value.diff() if name == "strain" else value - value.mean()

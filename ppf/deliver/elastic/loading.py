@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ... import checkpoint
 from ...errors import InputError
+from ...families import family_of
+from ...fast.permute import permute_layer
 from ...fitting.run import Run
-from ...model import PPFLlamaConfig, build
+from ...fitting.session import Session
+from ...model.decoder import Decoder
+from ...model.layer import LayerRanking
 from ...model.policy import Policy
-from ...model.weights import DecoderWeights, permute_layer
-from .model import ElasticLlamaForCausalLM
+from .model import elastic_class, elastic_model
 
 
 def load(
-    path: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto", *, elastic: bool = False,
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", *, elastic: bool = False,
     refit: bool = True,
 ) -> PreTrainedModel:  # fmt: skip
     """A model in eval mode: of a checkpoint that PPF or Hugging Face wrote, or, ``elastic``, of a run of ``ppf fit``.
 
-    An elastic model starts dense and changes its size in place (:class:`ElasticLlamaForCausalLM`); it holds the dense
-    weights and, unless ``refit`` is False, the run's library (see docs/runtime.md for the sizes). Checkpoints are
-    checked as :func:`ppf.checkpoint.load` says. Raises ``InputError`` for what is not there, damaged or unfinished.
+    An elastic model starts dense and changes its size in place (:class:`ppf.deliver.elastic.model.Elastic`); it holds
+    the dense weights and, unless ``refit`` is False, the run's library (see docs/runtime.md for the sizes). Checkpoints
+    are checked as :func:`ppf.checkpoint.load` says. Raises ``InputError`` for what is not there, damaged or unfinished,
+    and for an elastic model of a family whose projections are fused.
     """
     if elastic:
-        return _elastic(Run(path, device), dtype, refit)
+        return _elastic(Run(path), device, dtype, refit)
     if (Path(path) / "run.json").is_file():
         raise InputError("path", path, "is a run, not a checkpoint", "Add elastic=True, or prune it to a checkpoint")
     return checkpoint.load(path, device, dtype)
 
 
-def _elastic(run: Run, dtype: str | torch.dtype, refit: bool) -> ElasticLlamaForCausalLM:
+def _elastic(run: Run, device: str | torch.device, dtype: str | torch.dtype, refit: bool) -> PreTrainedModel:
     run.require_complete()
     run.require_model()
-    dense = checkpoint.load_dense(run.model_path, str(run.device), dtype)
-    weights = _permute(dense, run)
-    # The run sees the same tensors, so that its library refers to them and nothing is held twice.
-    run.weights = run.permuted = weights
-    library = run.library if refit else None
-    del run.weights  # they are no longer in checkpoint order, as it promises
-    fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
-    state = dense.state_dict()
-    if dense.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    config = PPFLlamaConfig(**fields)
-    model = build(config, state, dense.dtype, dense.generation_config, ElasticLlamaForCausalLM)
+    elastic_class(family_of(checkpoint.read_config(run.model_path).model_type))  # refused before any weight is read
+    decoder = _ranked(checkpoint.load_decoder(run.model_path, device, dtype), run.ranking)
+    session = Session(run, device, decoder)
+    session.permuted = decoder  # the library's dense weights are the model's: nothing is held twice
+    library = session.library if refit else None
+    model = elastic_model(decoder, session.generation_config)
     model.config._name_or_path = str(run.path)
-    model.attach(run.grid, weights, library, lambda ratio: run.policy(ratio).policy, _percents(run))
+    model.attach(run.grid, decoder, library, lambda ratio: run.policy(ratio).policy, _percents(run))
     return model
 
 
@@ -60,12 +60,9 @@ def _percents(run: Run) -> dict[float, Policy]:
     return dict(zip(ratios, run.grid.decode(run.agent(torch.tensor(ratios))), strict=True))
 
 
-@torch.no_grad()
-def _permute(dense: LlamaForCausalLM, run: Run) -> DecoderWeights:
-    """The model's weights in ranking order, layer by layer in place: only one layer exists twice."""
-    weights = DecoderWeights.from_model(dense)
-    for layer, ranking in zip(weights.layers, run.ranking, strict=True):
-        permuted = permute_layer(layer, ranking, weights.structure)
-        for name, tensor in vars(permuted).items():
-            getattr(layer, name).copy_(tensor)
-    return weights
+def _ranked(decoder: Decoder, ranking: Sequence[LayerRanking]) -> Decoder:
+    """``decoder``, which nobody else holds, in ranking order; layer by layer, so that only one of them exists twice."""
+    layers, decoder = list(decoder.layers), replace(decoder, layers=())
+    for index, order in enumerate(ranking):
+        layers[index] = permute_layer(decoder.names(index), layers[index], order)
+    return replace(decoder, layers=tuple(layers))

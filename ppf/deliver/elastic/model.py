@@ -1,18 +1,19 @@
 """An elastic model: the dense weights in ranking order once, and every policy a view of them.
 
     model = ppf.load("RUN", elastic=True, device="cuda")
-    model.set_ratio(0.3)              # in place: prefix views, and the library's refits of o and down
+    model.set_ratio(0.3)              # in place: prefix views, and the library's refits of the output projections
     with model.at(0.5):
         model.generate(...)
 
-It is a ``PPFLlamaForCausalLM`` whose layers change their widths, so everything that takes one takes it. Graphs are kept
-for the latest policies. A key/value cache belongs to the policy it was made under: every ``generate()`` makes its own,
-and ``forward()`` refuses one of another policy.
+It is a model of the class that the family's results have, whose layers change their widths, so everything that takes one
+takes it. Graphs are kept for the latest policies. A key/value cache belongs to the policy it was made under: every
+``generate()`` makes its own, and ``forward()`` refuses one of another policy.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,19 +21,22 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ...errors import InputError, PPFError
+from ...families import KINDS, Family
+from ...fast.runtime import generation
 from ...fast.runtime.engine import Engine
-from ...fast.runtime.generation import on_device
-from ...fast.runtime.plan import Attention, FeedForward, Layer, Plan, plan_of
+from ...fast.runtime.plan import Plan, layer_of, plan_of, unsupported
 from ...fast.runtime.state import STATE, RuntimeState, hooked
 from ...fitting.library import Library
-from ...model import PPFLlamaForCausalLM
+from ...model.build import build
+from ...model.classes import result_classes
+from ...model.decoder import Decoder
 from ...model.grid import Grid
 from ...model.policy import Policy
-from ...model.weights import DecoderWeights
+from .slots import Form, slots_of
 
 # Policies whose views, refits and graphs are kept. A policy's own refits of a 7B at half size are some 2 GB.
 MAX_POLICIES = 8
@@ -40,28 +44,29 @@ _CACHE_TAG = "_ppf_policy"
 _CACHE_NAMES = "past_key_values", "cache"
 
 
-class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
-    """A Llama of any size. Made by ``ppf.load(RUN, elastic=True)``; starts dense."""
+class Elastic:
+    """Mixed into the class of a family's results: a model of any size. Made by ``ppf.load(RUN, elastic=True)``, or by
+    :func:`elastic_model` and :meth:`attach`; starts dense."""
 
     def attach(
-        self, grid: Grid, weights: DecoderWeights, library: Library | None, choose: Callable[[float], Policy],
+        self, grid: Grid, decoder: Decoder, library: Library | None, choose: Callable[[float], Policy],
         chosen: Mapping[float, Policy] = MappingProxyType({}),
     ) -> None:  # fmt: skip
-        """Take ``weights`` (in ranking order, the tensors this model was built from) and what goes with them.
+        """Take ``decoder`` (in ranking order, the tensors this model was built from) and what goes with it.
 
-        ``choose`` gives a ratio's policy unless ``chosen`` holds it, ``library`` the refitted o and down (without it,
-        the dense columns stay). Whatever was attached before is let go; the model is dense afterwards.
+        ``choose`` gives a ratio's policy unless ``chosen`` holds it, ``library`` the refitted output projections
+        (without it, the dense columns stay). Whatever was attached before is let go; the model is dense afterwards.
         """
-        if "_grid" in self.__dict__:
+        if "_slots" in self.__dict__:
             self.set_policy(self._grid.dense())
-        state = _ElasticState()
-        state.plan = plan_of(self)
-        state.engine = Engine(state.plan)
-        dense = grid.dense()
+        state, dense = _ElasticState(unsupported(self)), grid.dense()
+        if state.reason is None:
+            state.renew(self)
+        slots = slots_of(decoder, self.model.layers)
         self.__dict__.update({
-            "_grid": grid, "_weights": weights, "_library": library, "_choose": choose, STATE: state,
-            "_plans": OrderedDict({dense: state.plan}), "_chosen": {**chosen, 0.0: dense}, "_policy": dense,
-            "_dense_plan": state.plan, "_slots": [_slots(layer) for layer in self.model.layers],
+            "_grid": grid, "_decoder": decoder, "_library": library, "_choose": choose, STATE: state,
+            "_slots": slots, "_chosen": {**chosen, 0.0: dense}, "_policy": dense, "_dense_plan": state.plan,
+            "_forms": OrderedDict({dense: Form([slot.cut(slot.units) for slot in slots], state.plan)}),
         })  # fmt: skip
 
     @property
@@ -91,18 +96,15 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         Raises ``InputError`` for a policy off the run's grid, ``PPFError`` while a generation is running.
         """
         state = self.__dict__[STATE]
-        if state.engine.lock.locked():
+        if state.engine is not None and state.engine.lock.locked():
             raise PPFError("the policy cannot change while a generation is running: its cache belongs to the old one")
-        plan = self._plan(policy)
-        for module, (attention, ffn), layer in zip(self.model.layers, self._slots, plan.layers, strict=True):
-            _fill(attention, layer.attention)
-            _fill(ffn, layer.ffn)
-            module.__dict__["has_attention"] = layer.attention is not None
-            module.__dict__["has_ffn"] = layer.ffn is not None
-        state.plan, self.__dict__["_policy"] = plan, policy
+        form = self._form(policy)
+        for slot, tensors in zip(self._slots, form.tensors, strict=True):
+            slot.fill(tensors)
+        state.plan, self.__dict__["_policy"] = form.plan, policy
 
     @contextmanager
-    def at(self, choice: float | Policy) -> Iterator[ElasticLlamaForCausalLM]:
+    def at(self, choice: float | Policy) -> Iterator[Elastic]:
         """``with model.at(0.5): …``: a ratio or policy for a while, then the one before again."""
         before = self._policy
         self._set(choice)
@@ -116,13 +118,17 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         ``length`` tokens, so that switching to them later takes no time. At most ``MAX_POLICIES`` are kept.
         """
         for choice in choices:
-            with self.at(choice), on_device(self.device):
-                if self.device.type == "cuda":
-                    state = self.__dict__[STATE]
+            with self.at(choice), generation.on_device(self.device):
+                state = self.__dict__[STATE]
+                if self.device.type == "cuda" and state.engine is not None:
                     state.engine.session(state.plan, batch, length)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``, by PPF's runtime where it can serve the request; see :func:`ppf.accelerate`."""
+        return generation.generate(self, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``LlamaForCausalLM.forward`` under the policy in force. Raises ``InputError`` for a cache of another."""
+        """The family's ``forward`` under the policy in force. Raises ``InputError`` for a cache of another."""
         given = [kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None]
         for cache in given:
             if getattr(cache, _CACHE_TAG, None) != self._policy and cache.get_seq_length():
@@ -136,7 +142,7 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """An elastic model is saved as the checkpoint of one policy. Raises ``InputError``."""
-        remedy = "Use Run.materialize(model.policy) and ppf.save, or `ppf prune`"
+        remedy = "Use ppf.Session(run).materialize(model.policy) and ppf.save, or `ppf prune`"
         raise InputError("model", type(self).__name__, "is views of a run's weights, not a checkpoint", remedy)
 
     def _set(self, choice: float | Policy) -> None:
@@ -145,69 +151,108 @@ class ElasticLlamaForCausalLM(PPFLlamaForCausalLM):
         else:
             self.set_ratio(choice)
 
-    def _plan(self, policy: Policy) -> Plan:
-        """The views of ``policy``, from the ones kept if it is among them."""
-        plans = self._plans
-        if policy not in plans:
-            levels = self._grid.encode([policy])[0].tolist()
-            layers = tuple(self._layer(index, policy, levels) for index in range(len(self._weights.layers)))
-            plans[policy] = replace(self._dense_plan, layers=layers)
-            while len(plans) > MAX_POLICIES:
-                self.__dict__[STATE].engine.forget(plans.popitem(last=False)[1])
-        plans.move_to_end(policy)
-        return plans[policy]
+    def _form(self, policy: Policy) -> Form:
+        """The tensors of ``policy``, from the ones kept if it is among them."""
+        forms = self._forms
+        if policy not in forms:
+            outputs = self._outputs(policy)
+            tensors = [
+                slot.cut(policy[slot.kind][slot.index], outputs.get((slot.index, slot.kind))) for slot in self._slots
+            ]
+            forms[policy] = Form(tensors, self._plan(policy, outputs))
+            while len(forms) > MAX_POLICIES:
+                oldest = forms.popitem(last=False)[1]
+                if oldest.plan is not None:
+                    self.__dict__[STATE].engine.forget(oldest.plan)
+        forms.move_to_end(policy)
+        return forms[policy]
 
-    def _layer(self, index: int, policy: Policy, levels: list[int]) -> Layer:
-        s, w = self._grid.structure, self._weights.layers[index]
-        groups, channels = policy.attention[index], policy.ffn[index]
-        attention = ffn = None
-        if groups:
-            rows, keys = groups * s.group_rows, groups * s.head_dim
-            o = self._output(index, levels[index], w.o, rows)
-            attention = Attention(w.attention_norm, w.q[:rows], w.k[:keys], w.v[:keys], o)
-        if channels:
-            down = self._output(index + s.layers, levels[index + s.layers], w.down, channels)
-            ffn = FeedForward(w.ffn_norm, w.gate[:channels], w.up[:channels], down)
-        return Layer(attention, ffn)
+    def _outputs(self, policy: Policy) -> dict[tuple[int, str], Tensor]:
+        """The refitted output projections of the sub-layers that ``policy`` makes narrower, by layer and kind."""
+        levels = self._grid.encode([policy])[0].tolist()
+        if self._library is None:
+            return {}
+        layers, decoder = self._grid.structure.layers, self._decoder
+        found = {}
+        for sublayer, (level, top) in enumerate(zip(levels, self._grid.maximum, strict=True)):
+            if 0 < level < top:
+                place = sublayer % layers, KINDS[sublayer // layers]
+                found[place] = self._library.weight(sublayer, level).to(decoder.device, decoder.dtype)
+        return found
 
-    def _output(self, sublayer: int, level: int, dense: Tensor, width: int) -> Tensor:
-        if self._library is None or width == dense.shape[1]:
-            return dense[:, :width]
-        return self._library.weight(sublayer, level).to(dense.device)
+    def _plan(self, policy: Policy, outputs: Mapping[tuple[int, str], Tensor]) -> Plan | None:
+        """What the runtime computes with under ``policy``; None if it does not serve this model."""
+        if self._dense_plan is None:
+            return None
+        layers = []
+        for index, dense in enumerate(self._dense_plan.layers):
+            parts = {
+                kind: getattr(self._decoder, kind)(index, policy[kind][index], outputs.get((index, kind)))
+                for kind in KINDS
+                if policy[kind][index]
+            }
+            layers.append(layer_of(*(parts.get(kind) for kind in KINDS), dense.window))
+        return replace(self._dense_plan, layers=tuple(layers))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ElasticLlamaForCausalLM:
+    def _get_static_cache_init_shape(self) -> tuple[list[int], int] | None:
+        """Shapes for generate()'s eager cache: the configuration has the dense widths, not those in force."""
+        dense = super()._get_static_cache_init_shape()
+        return None if dense is None else (list(self._policy.attention), dense[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Elastic:
         """Behind ``to()``, ``cuda()``, ``half()``: nothing may move, since the views would no longer be views."""
+        if "_slots" not in self.__dict__:
+            return super()._apply(fn, *args, **kwargs)
         probe = self.model.norm.weight.detach()
         moved = fn(probe)
-        if "_weights" in self.__dict__ and (moved.device, moved.dtype) != (probe.device, probe.dtype):
+        if (moved.device, moved.dtype) != (probe.device, probe.dtype):
             asked = f"{moved.dtype} on {moved.device}"
             raise InputError(
                 "model", asked, "an elastic model cannot be moved or cast", "Give device and dtype to ppf.load"
             )
-        return self if "_weights" in self.__dict__ else super()._apply(fn, *args, **kwargs)
+        return self
 
 
 class _ElasticState(RuntimeState):
     """The plan and the addresses change with the policy, and only there: ``set_policy`` writes the plan."""
 
+    def __init__(self, reason: str | None):
+        super().__init__()
+        self.reason = reason
+
     def obstacle(self, model: Any) -> str | None:
-        """Only hooks can be in the way."""
-        return hooked(model.modules())
+        """What was in the way when the model was made, or hooks."""
+        return self.reason or hooked(model.modules())
 
 
-# generate() looks at what forward() takes.
-ElasticLlamaForCausalLM.forward.__signature__ = inspect.signature(PPFLlamaForCausalLM.forward)
+@functools.lru_cache(maxsize=None)
+def elastic_class(family: Family) -> type[PreTrainedModel]:
+    """The class of a family's elastic models, such as ``ElasticQwen3ForCausalLM``. Raises ``InputError`` for a family
+    that holds several projections in one matrix."""
+    if any(len(roles) > 1 for part in family.parts.values() for roles in part.rows.values()):
+        problem = "holds several projections in one matrix, so that a smaller width is no prefix of it"
+        raise InputError("elastic", family.model_type, problem, "Make a model of one size, with `ppf prune`")
+    base = result_classes(family)["ForCausalLM"]
+
+    # generate() looks at what forward() takes.
+    @functools.wraps(base.forward)
+    def forward(self: Elastic, *args: Any, **kwargs: Any) -> Any:
+        return Elastic.forward(self, *args, **kwargs)
+
+    return type(f"Elastic{family.classes}ForCausalLM", (Elastic, base), {"__module__": __name__, "forward": forward})
 
 
-def _slots(layer: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """The parameters of a dense layer that change with the policy, in the order of Attention and of FeedForward."""
-    a, f = layer.self_attn, layer.mlp
-    attention = [layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj]
-    ffn = [layer.post_attention_layernorm, f.gate_proj, f.up_proj, f.down_proj]
-    return [m.weight for m in attention], [m.weight for m in ffn]
+def elastic_model(decoder: Decoder, generation_config: GenerationConfig | None = None) -> PreTrainedModel:
+    """An elastic model over the tensors of ``decoder``, in ranking order; nothing is copied. Still to be attached."""
+    model_class = elastic_class(decoder.family)
+    return build(_config(decoder), decoder.state(), decoder.dtype, generation_config, model_class)
 
 
-def _fill(parameters: list[torch.nn.Parameter], weights: Attention | FeedForward | None) -> None:
-    if weights is not None:
-        for parameter, weight in zip(parameters, vars(weights).values(), strict=True):
-            parameter.data = weight
+def _config(decoder: Decoder) -> PreTrainedConfig:
+    """The decoder's, as a configuration of results, whose layers may differ."""
+    config_class = result_classes(decoder.family)["Config"]
+    if isinstance(decoder.config, config_class):
+        return copy.deepcopy(decoder.config)
+    own = ("model_type", "architectures", "transformers_version")
+    fields = {name: value for name, value in decoder.config.to_dict().items() if name not in own}
+    return config_class(**fields | {"head_dim": decoder.structure.head_dim})

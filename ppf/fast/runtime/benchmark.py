@@ -116,17 +116,25 @@ def prefill_row(
 
 def prefill_operations(plan: Plan, batch: int, length: int) -> float:
     """Multiplications and additions of a prefill's products and of its causal attention; the head for one token."""
-    heads = [groups * plan.query_heads for groups in plan.groups]
-    attention = sum(2 * 2 * n * plan.head_dim * length * length / 2 for n in heads)
-    matrices = [
-        w for layer in plan.layers for part in (layer.attention, layer.ffn) if part for w in vars(part).values()
-    ]
-    weights = sum(w.numel() for w in matrices if w.dim() == 2)
+    attention = sum(
+        4 * len(layer.attention.q) * _pairs(length, layer.window) for layer in plan.layers if layer.attention
+    )
+    parts = [part for layer in plan.layers for part in (layer.attention, layer.ffn) if part is not None]
+    weights = sum(w.numel() for part in parts for w in part.tensors() if w.dim() == 2)
     return batch * (2 * weights * length + attention + 2 * plan.head.numel())
 
 
+def _pairs(length: int, window: int | None) -> float:
+    """Queries times the keys that each attends to."""
+    unseen = max(0, length - (window or length))
+    return (length * length - unseen * unseen) / 2
+
+
 def _cache_bytes(plan: Plan, batch: int, length: int) -> int:
-    return 2 * batch * length * sum(plan.groups) * plan.head_dim * plan.embedding.element_size()
+    """Keys and values that a step reads at ``length``."""
+    positions = [min(length, layer.window or length) for layer in plan.layers]
+    rows = sum(groups * seen for groups, seen in zip(plan.groups, positions, strict=True))
+    return 2 * batch * rows * plan.head_dim * plan.embedding.element_size()
 
 
 def _prompts(model: Any, batch: int, length: int) -> Tensor:

@@ -6,18 +6,18 @@ and everything behind it run as a decode step of one token.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...model.views import Attention, FeedForward
 from ..ops import decode
-from .plan import Attention, FeedForward
 from .session import MAX_PROMPTS, Session
 
 # Tokens computed at once: activations stay below some 2 GB for a 7B model, and the products are at their peak.
 BLOCK_TOKENS = 16384
+# Queries of a windowed layer that go together: each block reads as many keys as it has queries, and a window more.
+BLOCK_QUERIES = 4096
 # Up to so many tokens the host's launches can take longer than the device's work.
 GRAPH_TOKENS = 2048
 
@@ -66,51 +66,77 @@ def _run(session: Session, ids: Tensor, padded: bool) -> None:
 def _prompts(session: Session, ids: Tensor, part: slice, last: int, padded: bool) -> Tensor:
     """Some sequences through the layers before ``last``, and its keys and values; the last token's state [b, H]."""
     plan, (batch, length) = session.plan, ids.shape
-    attend = partial(_attend, mask=_mask(session.start[part], length) if padded else None)
+    start = session.start[part]
+    mask = _mask(start, range(length), range(length), length) if padded else None
     hidden = F.embedding(ids, plan.embedding).flatten(0, 1)
     for index, layer in enumerate(plan.layers[: last + 1]):
-        if layer.attention is not None:
-            normed = _norm(hidden, layer.attention.norm, plan.epsilon)
-            q, keys, values = _project(session, layer.attention, normed, index, part, length)
+        a = layer.attention
+        if a is not None:
+            q, keys, values = _project(session, a, _norm(hidden, a.norm, plan.epsilon), index, part, length)
             if index == last:
                 break
-            y = attend(q.view(batch, length, -1, plan.head_dim), keys, values)
-            hidden.addmm_(y.flatten(0, 1).flatten(1), layer.attention.o.t())
+            q, window = q.view(batch, length, -1, plan.head_dim), layer.window
+            within = window is None or length <= window
+            y = _attend(q, keys, values, mask) if within else _attend_within(q, keys, values, start, window)
+            _add(hidden, y.flatten(0, 1).flatten(1), a.o, a.o_bias)
         if layer.ffn is not None:
             _add_ffn(hidden, layer.ffn, plan.epsilon)
     return hidden.view(batch, length, -1)[:, -1]
 
 
 def _project(
-    session: Session, weights: Attention, normed: Tensor, index: int, part: slice, length: int
+    session: Session, a: Attention, normed: Tensor, index: int, part: slice, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [b·T, G·g·d]; the cache's keys and values [b, G, T, d], written."""
-    q, k, v = (F.linear(normed, w) for w in (weights.q, weights.k, weights.v))
+    q, k, v = (F.linear(normed, w, b) for w, b in ((a.q, a.q_bias), (a.k, a.k_bias), (a.v, a.v_bias)))
     keys, values = (cache[part] for cache in session.caches[index])
-    decode.rotary(q, k, v, session.cos, session.sin, session.start[part], keys, values)
+    decode.rotary(
+        q, k, v, session.cos, session.sin, session.start[part], keys, values, (a.q_norm, a.k_norm),
+        session.plan.epsilon,
+    )  # fmt: skip
     return q, keys[:, :, :length], values[:, :, :length]
 
 
-def _add_ffn(hidden: Tensor, weights: FeedForward, epsilon: float) -> None:
-    normed = _norm(hidden, weights.norm, epsilon)
-    act = decode.multiply_silu(F.linear(normed, weights.gate), F.linear(normed, weights.up))
-    hidden.addmm_(act, weights.down.t())
+def _add_ffn(hidden: Tensor, f: FeedForward, epsilon: float) -> None:
+    normed = _norm(hidden, f.norm, epsilon)
+    act = decode.multiply_silu(F.linear(normed, f.gate, f.gate_bias), F.linear(normed, f.up, f.up_bias))
+    _add(hidden, act, f.down, f.down_bias)
+
+
+def _add(hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden += x · weightᵀ + bias."""
+    hidden.addmm_(x, weight.t())
+    if bias is not None:
+        hidden.add_(bias)
 
 
 def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), gain, epsilon)
 
 
-def _mask(start: Tensor, length: int) -> Tensor:
-    """What may be attended to, bool [b, 1, T, T]; a padding token attends to itself, or it would become NaN."""
-    at = torch.arange(length, device=start.device)
-    causal = at[None, :] <= at[:, None]
-    own = torch.eye(length, dtype=torch.bool, device=start.device)
-    return (causal & (at >= start[:, None, None]) | own)[:, None]
+def _attend_within(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, window: int) -> Tensor:
+    """:func:`_attend` to the last ``window`` positions from ``start`` [b] on: blocks of queries, each with the keys
+    that it reaches."""
+    length, blocks = q.shape[1], []
+    for first in range(0, length, BLOCK_QUERIES):
+        queries = range(first, min(length, first + BLOCK_QUERIES))
+        seen = range(max(0, first - window + 1), queries.stop)
+        own, reached = slice(queries.start, queries.stop), slice(seen.start, seen.stop)
+        mask = _mask(start, queries, seen, window)
+        blocks.append(_attend(q[:, own], keys[:, :, reached], values[:, :, reached], mask))
+    return torch.cat(blocks, 1)
+
+
+def _mask(start: Tensor, queries: range, keys: range, window: int) -> Tensor:
+    """What may be attended to, bool [b, 1, queries, keys]; a padding token attends to itself, lest it become NaN."""
+    at, of = (torch.arange(r.start, r.stop, device=start.device) for r in (keys, queries))
+    back = of[:, None] - at[None, :]
+    seen = (back >= 0) & (back < window)
+    return (seen & (at >= start[:, None, None]) | (back == 0))[:, None]
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """q [b, T, heads, d] over keys and values [b, G, T, d]: [b, T, heads, d]."""
+    """q [b, T, heads, d] over keys and values [b, G, S, d] where ``mask`` says so, or causally: [b, T, heads, d]."""
     q = q.transpose(1, 2)
     group = q.shape[1] // keys.shape[1]
     if group > 1:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...model.views import Attention
 from .. import capture
 from ..ops import decode
 from .plan import Layer, Plan
@@ -39,8 +40,8 @@ class Session:
         self.eos = torch.full((MAX_EOS,), -1, dtype=torch.int64, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.logits = torch.zeros(batch, len(plan.head), dtype=torch.float32, device=device)
-        groups = max(plan.groups)
-        self.shares, self.space = decode.workspace(batch, groups, plan.query_heads, plan.head_dim, positions, device)
+        sizes = max(plan.groups), plan.query_heads, plan.head_dim, plan.reach(positions)
+        self.shares, self.space = decode.workspace(batch, *sizes, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         # By length and padding: None after the first prompt, then its graph and the ids it reads.
         self.prompts: OrderedDict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor] | None] = OrderedDict()
@@ -54,16 +55,26 @@ class Session:
 
     def layer(self, index: int, layer: Layer, hidden: Tensor) -> None:
         """One decoder layer on one token per sequence, hidden [B, H], in place."""
-        p, a, f = self.plan, layer.attention, layer.ffn
-        if a is not None:
-            keys, values = self.caches[index]
-            q = decode.qkv(
-                hidden, a.norm, a.q, a.k, a.v, self.cos, self.sin, self.start, self.position, keys, values, p.epsilon
-            )
-            y = decode.attention(q, keys, values, self.start, self.position, self.space, self.shares, p.head_dim**-0.5)
-            decode.add_linear(y, a.o, hidden)
+        f = layer.ffn
+        if layer.attention is not None:
+            self._attention(layer.attention, layer.window, *self.caches[index], hidden)
         if f is not None:
-            decode.add_linear(decode.gate_up(hidden, f.norm, f.gate, f.up, p.epsilon), f.down, hidden)
+            act = decode.gate_up(hidden, f.norm, f.gate, f.up, self.plan.epsilon, (f.gate_bias, f.up_bias))
+            decode.add_linear(act, f.down, hidden, f.down_bias)
+
+    def _attention(self, a: Attention, window: int | None, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+        epsilon, scale = self.plan.epsilon, self.plan.head_dim**-0.5
+        # Heads are normalised before they are rotated, and only attention has whole heads: it does both.
+        normed = a.q_norm is not None or a.k_norm is not None
+        q = decode.qkv(
+            hidden, a.norm, a.q, a.k, a.v, self.cos, self.sin, self.start, self.position, keys, values, epsilon,
+            (a.q_bias, a.k_bias, a.v_bias), rotate=not normed,
+        )  # fmt: skip
+        heads = (a.q_norm, a.k_norm, self.cos, self.sin) if normed else None
+        y = decode.attention(
+            q, keys, values, self.start, self.position, self.space, self.shares, scale, window or 0, heads, epsilon
+        )
+        decode.add_linear(y, a.o, hidden, a.o_bias)
 
     def head(self, hidden: Tensor) -> None:
         """Logits of hidden [B, H], and the likeliest token of each sequence (``pad`` after its end)."""

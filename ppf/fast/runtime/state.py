@@ -35,7 +35,7 @@ class RuntimeState:
         """
         if self._snapshot is None or not self._snapshot.holds():
             self._snapshot = _Snapshot(model)
-            self._reason = unsupported(model) or _foreign(model)
+            self._reason = unsupported(model)
             if self._reason is None:
                 self.renew(model)
         if self._reason is None and model.training and getattr(model.config, "attention_dropout", 0.0):
@@ -72,14 +72,6 @@ def runtime_of(model: Any) -> RuntimeState:
     if STATE not in model.__dict__:
         model.__dict__[STATE] = RuntimeState()
     return model.__dict__[STATE]
-
-
-def _foreign(model: Any) -> str | None:
-    """Adapters and quantised layers compute what the runtime would not."""
-    for name, module in model.named_modules():
-        if name.endswith(("_proj", "lm_head")) and type(module) is not torch.nn.Linear:
-            return f"{name} is a {type(module).__name__}"
-    return None
 
 
 def hooked(modules: Iterable[torch.nn.Module]) -> str | None:

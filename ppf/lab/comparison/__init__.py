@@ -85,7 +85,7 @@ def _ask(output: Path, question: dict[str, Any]) -> None:
         if json.loads(file.read_text(encoding="utf-8")) != question:
             raise InputError("output", output, "is a comparison of another run, text or seed", "Name a new folder")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError("output", output, "exists, is not empty and is no comparison", "Name a new folder")
+        raise InputError("output", output, "exists, is not empty and is not a comparison", "Name a new folder")
     (output / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, question)
 

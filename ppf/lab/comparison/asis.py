@@ -62,15 +62,17 @@ def _ranking(session: Session, name: str, moments: list[LayerStatistics]) -> lis
 def _biases(
     decoder: Decoder, ranking: list[LayerRanking], moments: list[LayerStatistics], policy: Policy
 ) -> dict[int, Tensor]:
-    """FLAP's compensation by sub-layer: W·x̄ over the removed channels, [hidden]. ``decoder`` stands in ranking order,
-    ``moments`` in checkpoint order."""
+    """FLAP's compensation by sub-layer: W·x̄ over the removed channels, [hidden], and the output's own bias where all
+    are removed. ``decoder`` stands in ranking order, ``moments`` in checkpoint order."""
     biases, structure = {}, decoder.structure
     for sublayer, part in enumerate(structure.sublayers):
         kind, index = KINDS[sublayer // structure.layers], sublayer % structure.layers
         if part.units:
             order, kept = expand_units(ranking[index].of(kind), part.columns), policy[kind][index] * part.columns
             mean = moments[index].of(kind).mean[order][kept:].to(decoder.device)
-            biases[sublayer] = (decoder.output(index, kind)[:, kept:].float() @ mean).to(decoder.dtype)
+            removed = decoder.output(index, kind)[:, kept:].float() @ mean
+            own = decoder.layers[index].get(f"{decoder.family.parts[kind].output_name}.bias")
+            biases[sublayer] = (removed if kept or own is None else removed + own).to(decoder.dtype)
     return biases
 
 

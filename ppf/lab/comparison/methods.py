@@ -47,7 +47,7 @@ class Method:
 def parse_methods(text: str) -> list[Method]:
     """Methods of a list such as ``all`` or ``uniform,evolution:5000,static``; ``:N`` gives N evaluations.
 
-    Raises ``InputError`` for unknown names and for numbers that are none.
+    Raises ``InputError`` for unknown names and for what is not a number of evaluations.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     expanded = [(part, name != "all") for name in names for part in (ALL if name == "all" else (name,))]
@@ -76,6 +76,6 @@ def _parse(text: str, by_name: bool) -> Method:
     if not colon:
         return Method(name, _GIVEN[name], by_name)
     if not number.isdecimal() or not _GIVEN[name] or not int(number):
-        problem = "is no number of evaluations" if _GIVEN[name] else "needs no evaluations"
+        problem = "is not a number of evaluations" if _GIVEN[name] else "needs no evaluations"
         raise InputError("methods", text, problem, f"Write {name}" + (":1500, say" if _GIVEN[name] else " alone"))
     return Method(name, int(number), by_name)

@@ -23,14 +23,15 @@ def rows_by_method(data: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]
 
 
 def table_of(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: perplexity at every ratio, evaluations a ratio (mean), seconds a ratio (mean)."""
+    """Headers and rows: perplexity at every ratio, evaluations a ratio (mean), seconds a ratio (mean); methods that
+    were left out come last."""
     ratios = data["ratios"]
     headers = ["method", *(f"{ratio:.0%}" for ratio in ratios), "evaluations", "seconds"]
     rows = []
     for label, cells in rows_by_method(data).items():
         figures = [f"{cells[ratio]['perplexity']:.2f}" if ratio in cells else "–" for ratio in ratios]
         rows.append([label, *figures, f"{_mean(cells, 'evaluations'):,.0f}", f"{_mean(cells, 'seconds'):.2f}"])
-    return headers, rows + [[label, *["–"] * (len(headers) - 1)] for label in data["left_out"]]
+    return headers, rows + [[f"{label} (left out)", *["–"] * (len(headers) - 1)] for label in data["left_out"]]
 
 
 def comparison_page(data: dict[str, Any]) -> Page:

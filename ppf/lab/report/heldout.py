@@ -50,7 +50,7 @@ def held_out_policies(run: Run, ratios: Sequence[float], count: int) -> dict[str
     """For each group and ratio the policies to measure: ``count`` random ones, half as many visited ones.
 
     They depend on the run and ``count`` alone, so that a killed report goes on where it stopped. Raises ``InputError``
-    if the model has not that many.
+    if the model does not have that many.
     """
     rows = training_rows(run)
     return {
