@@ -1,12 +1,13 @@
-"""The runtime at Llama shapes with random weights, against stock transformers in the same run. Needs a GPU.
+"""The runtime at shapes of 7B and 8B with random weights, against stock transformers in the same run. Needs a GPU.
 
     python benchmarks/bench_decode.py --output benchmarks/results/decode_h100.json [--model llama-2-7b]
     python benchmarks/bench_decode.py --output benchmarks/results/decode_compiled_h100.json --compiled
 
 Dense, and with half of the kv-groups and channels of every layer; then one elastic model, switched between uniform
-policies. Medians of whole ``generate()`` calls; what the columns mean is in ppf/runtime/benchmark.py. ``--compiled``
-compares one sequence's decoding with stock generation with a static cache and torch.compile too, and nothing else: it
-compiles for minutes. Expect two minutes for the first command and, with ``--model llama-2-7b``, three for the second.
+policies. Medians of whole ``generate()`` calls; what the columns mean is in ppf/fast/runtime/benchmark.py. ``--alone``
+measures nothing but one sequence's decoding, by PPF. ``--compiled`` compares that with stock generation too, eager and
+with a static cache and torch.compile: it compiles for minutes. Expect a minute a shape without options, seconds with
+the first, three minutes with the second.
 """
 
 from __future__ import annotations
@@ -23,47 +24,29 @@ from typing import Any
 import torch
 import transformers
 import triton
-from transformers import LlamaConfig, PreTrainedModel
+from shapes import random_decoder, random_model
+from transformers import PreTrainedModel
 
-from ppf.deliver.elastic.model import ElasticLlamaForCausalLM
+from ppf.choose.candidates.sampling import uniform_policy
+from ppf.deliver.elastic.model import Elastic, elastic_model
+from ppf.families import KINDS
 from ppf.fast.runtime.benchmark import Ceilings, decode_row, measure_ceilings, prefill_row, rows_as_dicts
-from ppf.fitting.library import Library, Refit
-from ppf.model import PPFLlamaConfig, build
+from ppf.fitting.library import Library, Refit, widths_of
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
-from ppf.model.layout import expected_tensors
-from ppf.model.policy import Policy
-from ppf.model.weights import DecoderWeights
 
-COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "head_dim": 128, "max_position_embeddings": 4096}
-MODELS = {
-    "llama-2-7b": {"intermediate_size": 11008, "heads": 32, "kv": 32, "vocab_size": 32000},
-    "llama-3-8b": {"intermediate_size": 14336, "heads": 32, "kv": 8, "vocab_size": 128256},
-}
+MODELS = "llama-2-7b", "llama-3-8b", "qwen2.5-7b", "qwen3-8b"
 
 
-def model_of(name: str, keep: float) -> PreTrainedModel:
-    """Random weights on the GPU, in bf16, with the share ``keep`` of every layer's kv-groups and channels."""
-    shape = dict(MODELS[name])
-    heads, kv = shape.pop("heads"), shape.pop("kv")
-    shape["intermediate_size"] = int(shape["intermediate_size"] * keep)
-    config = LlamaConfig(
-        **COMMON, **shape, num_attention_heads=int(heads * keep), num_key_value_heads=int(kv * keep),
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    generator = torch.Generator("cuda").manual_seed(0)
-    state = {}
-    for tensor, size in expected_tensors(config).items():
-        empty = torch.empty(size, dtype=torch.bfloat16, device="cuda")
-        state[tensor] = empty.fill_(1) if "norm" in tensor else empty.normal_(0, 0.02, generator=generator)
-    return build(config, state, torch.bfloat16)
-
-
-def measure(model: PreTrainedModel, ratio: float, compiled: bool, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """All rows of one model."""
+def measure(model: PreTrainedModel, ratio: float, mode: str, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """All rows of one model; ``mode`` is "alone", "compiled" or "all"."""
     rows = [decode_row(model, "ppf", 1, 128, 256, ceilings, ratio)]
+    if mode == "alone":
+        print(rows[0], flush=True)
+        return rows_as_dicts(rows)
     # Eager steps take as long as they take, however many; compiled ones are compiled for one length.
     rows.append(decode_row(model, "eager", 1, 128, 32, ceilings, ratio, 1))
-    if compiled:
+    if mode == "compiled":
         rows.append(decode_row(model, "compiled", 1, 128, 256, ceilings, ratio, 1))
     else:
         rows += [decode_row(model, "ppf", batch, 128, 128, ceilings, ratio) for batch in (16, 64)]
@@ -79,15 +62,10 @@ def elastic(name: str, ceilings: Ceilings) -> dict[str, Any]:
     Its library is real in size and in what it solves, but all layers share one layer's factors: the 26 GB of a whole
     one would take minutes to make, and no figure here depends on its values.
     """
-    dense = model_of(name, 1.0)
-    weights, fields = DecoderWeights.from_model(dense), dense.config.to_dict()
-    grid = Grid(weights.structure, 256)
-    config = PPFLlamaConfig(**{k: v for k, v in fields.items() if k not in ("model_type", "architectures")})
-    model = build(config, dense.state_dict(), torch.bfloat16, None, ElasticLlamaForCausalLM)
-    del dense
-    result = {}
-    for kind, library in (("without refit", None), ("with refit", shared_library(weights, grid))):
-        model.attach(grid, weights, library, lambda ratio: uniform(grid, ratio))
+    decoder = random_decoder(name)
+    grid, model, result = Grid(decoder.structure, 256), elastic_model(decoder), {}
+    for kind, library in (("without refit", None), ("with refit", shared_library(decoder, grid))):
+        model.attach(grid, decoder, library, lambda ratio: uniform_policy(grid, ratio))
         first = [switch(model, ratio) for ratio in (0.3, 0.5)]
         resident = [switch(model, ratio) for ratio in (0.3, 0.5) * 10]
         result[kind] = {"first_ms": first, "again_ms_median": median(resident), "again_ms_max": max(resident)}
@@ -98,12 +76,13 @@ def elastic(name: str, ceilings: Ceilings) -> dict[str, Any]:
                 rows.append(decode_row(model, "ppf", 1, 128, 128, ceilings, ratio))
                 rows.append(prefill_row(model, "ppf", 1, 2048, ceilings, ratio))
             result[kind]["rows"] = rows_as_dicts(rows)
-        result[kind]["weight_gigabytes"] = sum(p.nbytes for layer in weights.layers for p in vars(layer).values()) / 1e9
+        held = sum(tensor.nbytes for layer in decoder.layers for tensor in layer.values())
+        result[kind]["weight_gigabytes"] = held / 1e9
         print(kind, result[kind], flush=True)
     return result
 
 
-def switch(model: ElasticLlamaForCausalLM, ratio: float) -> float:
+def switch(model: Elastic, ratio: float) -> float:
     """Milliseconds until the model has ``ratio``, the device included."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -112,33 +91,25 @@ def switch(model: ElasticLlamaForCausalLM, ratio: float) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def uniform(grid: Grid, ratio: float) -> Policy:
-    """The same share of every layer."""
-    s = grid.structure
-    step = grid.ffn_multiple
-    layer = round((1 - ratio) * s.kv_groups), round((1 - ratio) * s.channels / step) * step
-    return Policy([layer[0]] * s.layers, [layer[1]] * s.layers)
-
-
-def shared_library(weights: DecoderWeights, grid: Grid) -> Library:
+def shared_library(decoder: Decoder, grid: Grid) -> Library:
     """A library whose layers share one pair of factors."""
 
-    def factors(dense: torch.Tensor, widths: list[int]) -> Refit:
+    def factors(kind: str) -> Refit:
+        dense, widths = decoder.output(0, kind), widths_of(grid, kind, 0)
         n = dense.shape[1]
         inverse = torch.eye(n, device="cuda") + 0.01 / n * torch.randn(n, n, device="cuda").tril_()
         return Refit(dense, dense.float(), inverse, tuple(widths), torch.zeros(len(widths)))
 
-    s, layer = grid.structure, weights.layers[0]
-    attention = factors(layer.o, [level * s.group_rows for level in range(s.kv_groups + 1)])
-    ffn = factors(layer.down, [level * grid.ffn_multiple for level in range(grid.maximum[-1] + 1)])
-    return Library([attention] * s.layers + [ffn] * s.layers, cache_bytes=40 << 30)
+    refits = {kind: factors(kind) for kind in KINDS}
+    return Library.of_layers([refits] * grid.structure.layers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", action="append", choices=sorted(MODELS))
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--alone", dest="mode", action="store_const", const="alone", default="all")
+    parser.add_argument("--compiled", dest="mode", action="store_const", const="compiled")
     arguments = parser.parse_args()
     ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16)
     report = {
@@ -154,15 +125,15 @@ def main() -> None:
     for name in arguments.model or MODELS:
         rows = []
         for keep in (1.0, 0.5):
-            start, model = time.perf_counter(), model_of(name, keep)
-            rows += measure(model, 1 - keep, arguments.compiled, ceilings)
+            start, model = time.perf_counter(), random_model(name, keep)
+            rows += measure(model, 1 - keep, arguments.mode, ceilings)
             del model
             gc.collect()  # graphs and models hold each other
             torch.cuda.empty_cache()
             print(f"{name} {keep}: {time.perf_counter() - start:.0f} s", flush=True)
             report["models"][name] = {"rows": rows}
             write(report, arguments.output)
-        if not arguments.compiled:
+        if arguments.mode == "all":
             report["models"][name]["elastic"] = elastic(name, ceilings)
             write(report, arguments.output)
 

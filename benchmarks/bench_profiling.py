@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     facts = profile_facts(torch.device("cuda"), torch.bfloat16) | {"date": datetime.date.today().isoformat()}
-    write_json(options.output, facts | {"unit": "milliseconds", "rows": [row for name in MEASURED for row in rows(name)]})
+    write_json(
+        options.output, facts | {"unit": "milliseconds", "rows": [row for name in MEASURED for row in rows(name)]}
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints to export: tiny random models of any family and the bundled one, cut to policies with absent sub-layers."""
+"""Checkpoints to export: tiny random models of any family, and the bundled one, cut to all kinds of widths."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def longrope(rotated: int, original: int) -> dict:
+    """Phi-3's scaling of a rotation of ``rotated`` numbers beyond texts of ``original`` tokens."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": original,
+        "short_factor": [1 + pair / 10 for pair in range(rotated // 2)],
+        "long_factor": [2.0 + pair for pair in range(rotated // 2)],
+    }
 
 
 def uneven(family: str) -> Policy:
@@ -122,6 +133,20 @@ def sentencepiece_tokenizer(metaspace: bool = False, size: int = 480) -> PreTrai
     made = dict.fromkeys(left + right for left, right in pieces["merges"])
     data["model"] |= {"vocab": vocabulary, "merges": [pair for piece in made for pair in _splits(piece, vocabulary)]}
     data["added_tokens"] = [_added(index, token) for index, token in enumerate(special[:3])]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """:func:`sentencepiece_tokenizer` as Gemma's is: no space in front, and a byte that the table names twice."""
+    tokenizer = sentencepiece_tokenizer()
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    space = {"String": " "}
+    data["normalizer"] = {"type": "Replace", "pattern": space, "content": "▁"}
+    data["pre_tokenizer"] = {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False}
+    data["model"]["vocab"]["\t"] = data["model"]["vocab"]["<0x09>"]
+    data["decoder"]["decoders"] = data["decoder"]["decoders"][:3]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(data)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

@@ -21,7 +21,7 @@ from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
 from ppf.model.layer import LayerRanking
 from ppf.model.policy import Policy
-from ppf.model.structure import Structure
+from ppf.model.structure import Structure, SubLayer
 
 TINY = Path(__file__).parents[1] / "ppf" / "data" / "tiny-2m"
 VOCABULARY = 258  # 256 bytes, begin and end
@@ -113,14 +113,14 @@ def tokens(batch: int = 3, length: int = 24, seed: int = 1) -> Tensor:
 
 
 def random_ranking(structure: Structure, seed: int = 0) -> list[LayerRanking]:
+    """Units that only go together stay where they are, as in every ranking."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        LayerRanking(
-            torch.randperm(attention.units, generator=generator),
-            torch.randperm(ffn.units, generator=generator),
-        )
-        for attention, ffn in zip(structure.attention, structure.ffn, strict=True)
-    ]
+
+    def drawn(sublayer: SubLayer) -> Tensor:
+        order = torch.randperm(sublayer.units, generator=generator)
+        return order if sublayer.step == 1 else order.sort().values
+
+    return [LayerRanking(drawn(a), drawn(f)) for a, f in zip(structure.attention, structure.ffn, strict=True)]
 
 
 def dense_weights(heads: str = "gqa", family: str = "llama", **changes) -> tuple[PreTrainedModel, Decoder]:

@@ -24,7 +24,7 @@ from ppf.lab.peers.alphapruning import tail_index
 from ppf.lab.peers.dropping import kept_after, sublayer_costs
 from ppf.lab.peers.flap import above_threshold
 from ppf.lab.peers.layers import mean_over_layers, positions
-from ppf.lab.peers.puzzle import _solve
+from ppf.lab.peers.puzzle import solve
 from ppf.lab.peers.tracenas import _Agreement
 from ppf.model.build import pruned_config
 from ppf.model.decoder import Decoder
@@ -164,7 +164,8 @@ def test_puzzle_finds_the_optimum_of_additive_damages(source):
         torch.rand(high - low + 1, generator=generator).sort(descending=True).values.double()
         for low, high in zip(grid.minimum, grid.maximum, strict=True)
     ]
-    levels, budget = _solve(damage, RatioBudget(grid, 0.4)), RatioBudget(grid, 0.4)
+    budget = RatioBudget(grid, 0.4)
+    levels = grid.encode([solve(damage, budget)])[0].tolist()
     chosen = sum(float(d[level - low]) for d, level, low in zip(damage, levels, grid.minimum, strict=True))
     assert chosen <= _best_additive(damage, grid, budget.kept) + 1e-4
 

@@ -15,19 +15,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli_cases import TESTS, answer, ppf, refusal
-from factories import llama, llama_config, tokens, write_checkpoint, write_text
+from factories import (
+    byte_tokenizer,
+    config_of,
+    llama,
+    llama_config,
+    model_of,
+    quick_learning,
+    tokens,
+    write_checkpoint,
+    write_text,
+)
 from safetensors.torch import load_file
 
-from ppf import InputError, PPFError, RecoverySettings, Run, checkpoint, recover
+from ppf import InputError, PPFError, RecoverySettings, Run, Session, Settings, checkpoint, fit, recover
 from ppf.deliver.recovery import objective, training
 from ppf.deliver.recovery.corpus import Corpus
 from ppf.deliver.recovery.methods import Student
 from ppf.deliver.recovery.objective import Objective
 from ppf.deliver.recovery.training import schedule
-from ppf.deliver.results import Choice, deliver
+from ppf.deliver.results import Choice, choose, deliver
+from ppf.families import family_of
 from ppf.fitting.evaluation.scoring import model_log_perplexity
+from ppf.fitting.reader import Reader
+from ppf.model.build import pruned_config
 from ppf.model.policy import Policy
-from ppf.text import pack, read_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 POLICIES = {
@@ -55,9 +67,9 @@ main()
 @pytest.fixture(scope="module")
 def pruned(tiny_run, tmp_path_factory) -> Path:
     """A folder with a checkpoint of each of POLICIES; do not change them."""
-    folder, run = tmp_path_factory.mktemp("pruned"), Run(tiny_run / "run")
+    folder, session = tmp_path_factory.mktemp("pruned"), Session(Run(tiny_run / "run"))
     for name, policy in POLICIES.items():
-        deliver(run, Choice(policy, "given"), folder / name)
+        deliver(session, Choice(policy, "given"), folder / name)
     return folder
 
 
@@ -156,7 +168,7 @@ def test_each_method_trains_its_weights_and_no_others(pruned, recovered, method)
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=needs_peft), "full", "norms"])
 def test_the_result_is_a_checkpoint_with_a_longer_report(pruned, recovered, text, method):
     old, report = (json.loads((p / "ppf.json").read_text()) for p in (pruned / "non-uniform", recovered / method))
-    for name in ("policy", "source", "delivered_ratio", "structure", "model", "settings", "parameters"):
+    for name in ("policy", "policy_from", "delivered_ratio", "structure", "model", "settings", "parameters"):
         assert report[name] == old[name]
     recovery, measured = report["recovery"], report["measured"]
     assert recovery["settings"]["method"] == method and recovery["tokens"] == 4096 and recovery["steps"] == 16
@@ -164,8 +176,7 @@ def test_the_result_is_a_checkpoint_with_a_longer_report(pruned, recovered, text
     assert recovery["pruned"]["measured"] == old["measured"] and report["predicted"] is None
     assert measured["perplexity"] < 0.9 * recovery["before"]["perplexity"]
     model = checkpoint.load(recovered / method)  # the hashes in the report are those of the new files
-    sequences = pack(read_tokens(text, checkpoint.load_tokenizer(recovered / method)), 32)
-    held_out = Corpus.of(sequences).held_out
+    held_out = _held_out(recovered / method, text)
     assert measured["protocol"]["tokens"] == held_out.numel() and measured["protocol"]["text"] == str(text)
     assert measured["log_perplexity"] == pytest.approx(model_log_perplexity(model, held_out), rel=1e-6)
     assert not (recovered / f"{method}.unfinished").exists()
@@ -206,7 +217,63 @@ def test_bf16_checkpoints_stay_bf16_and_rotary_stays_exact(pruned, text, tmp_pat
 
 
 def _held_out(folder: Path, text: Path) -> torch.Tensor:
-    return Corpus.of(pack(read_tokens(text, checkpoint.load_tokenizer(folder)), 32)).held_out
+    return Corpus.of(Reader.of(folder, 32).sequences(text)).held_out
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=needs_peft), "norms"])
+def test_results_of_other_families_recover(text, tmp_path, family, method):
+    """Biases, sandwich norms, fused projections, norms behind; absent sub-layers in each."""
+    dense, ids = model_of(family), tokens(2, 16)
+    whole = family_of(family).attention.whole
+    config = pruned_config(dense.config, Policy([3, 3 if whole else 2, 0, 3], [64, 0, 8, 32]))
+    model = llama(config)
+    before = model(ids).logits
+    for name, part in (("dense", dense), ("pruned", model)):
+        checkpoint.save(part, byte_tokenizer(), tmp_path / name, {})
+    settings = RecoverySettings(method, **(SMALL | {"tokens": 1024}))
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    report = recover(tmp_path / "pruned", text, out, settings=settings, teacher=dense, device="cpu")
+    assert report["measured"]["perplexity"] < report["recovery"]["before"]["perplexity"]
+    assert report["measured"]["protocol"]["begin"] == (256 if family == "gemma2" else None)
+    part = "norm" if method == "norms" else "_proj"
+    biases = {name for name in state(out) if name.endswith(".bias")}
+    expected = {name for name in state(out) if part in name} | biases
+    assert changed(tmp_path / "pruned", out) == (expected if method == "norms" else expected - biases)
+    again = checkpoint.load(out)
+    assert again.config.model_type == f"ppf_{family}" and not torch.allclose(again(ids).logits, before, atol=1e-3)
+
+
+def test_prune_recover_and_prune_again(pruned, tiny_run, text, tmp_path, monkeypatch):
+    """The second result keeps the whole chain, counts its ratio from the first, and is taught by the dense model."""
+    quick_learning(monkeypatch)
+    first, second, last = (tmp_path / name for name in ("first", "second", "last"))
+    small = SMALL | {"tokens": 1024}
+    recover(pruned / "non-uniform", text, first, settings=RecoverySettings("norms", **small), device="cpu")
+    recover(first, text, second, settings=RecoverySettings("full", **small), device="cpu")
+    settings = Settings(evaluations=24, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)
+    run = fit(second, text, tmp_path / "run", settings=settings, device="cpu")
+    session = Session(run)
+    deliver(session, choose(session, 0.2), tmp_path / "again")
+    report, source = (json.loads((folder / "ppf.json").read_text()) for folder in (tmp_path / "again", second))
+    del source["files"]
+    assert report["source"] == source and source["source"] is None
+    assert source["recovery"]["settings"]["method"] == "full" and source["recovery"]["from"] == str(first)
+    assert source["recovery"]["earlier"]["settings"]["method"] == "norms"
+    assert report["model"]["path"] == str(second) and source["model"]["path"] == str(tiny_run / "model")
+    policy = Policy.from_dict(report["policy"])
+    before = POLICIES["non-uniform"]
+    assert all(new <= old for kind in policy for new, old in zip(policy[kind], before[kind], strict=True))
+    removed = sum(
+        (old - new) * sublayer.cost
+        for kind in policy
+        for new, old, sublayer in zip(policy[kind], before[kind], run.structure.of(kind), strict=True)
+    )
+    assert report["delivered_ratio"] == pytest.approx(removed / run.structure.decoder_parameters) and removed
+    shown = ppf("info", tmp_path / "again").stdout
+    assert f"{second}, pruned from {tiny_run / 'model'}" in shown
+    report = recover(tmp_path / "again", text, last, settings=RecoverySettings("norms", **small), device="cpu")
+    assert report["recovery"]["teacher"] == str(tiny_run / "model") and report["source"] == source
 
 
 # Resuming
@@ -311,10 +378,13 @@ def reference_loss(student, teacher, ids, weight):
 
 
 @pytest.mark.parametrize("block", [1 << 26, 258 * 5], ids=["one block", "blocks of 5 tokens"])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_the_loss_and_its_gradient_are_those_of_the_formula(monkeypatch, block, weight):
+@pytest.mark.parametrize(
+    ("family", "weight"), [("llama", 0.0), ("llama", 0.3), ("llama", 1.0), ("gemma2", 0.3), ("granite", 0.3)]
+)
+def test_the_loss_and_its_gradient_are_those_of_the_formula(monkeypatch, block, family, weight):
+    """Of families whose logits are capped or scaled, too."""
     monkeypatch.setattr(objective, "_LOGITS", block)
-    config = llama_config(num_hidden_layers=2)
+    config = config_of(family, num_hidden_layers=2)
     student, teacher, ids = llama(config, 1), llama(config, 2), tokens(2, 12)
     loss = Objective(teacher, weight)(student, ids)
     expected = reference_loss(student, teacher, ids, weight)

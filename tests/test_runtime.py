@@ -433,9 +433,6 @@ def test_reasons():
     mixed.model.layers[0].mlp.half()
     assert "several dtypes" in unsupported(mixed)
 
-    class Strange(type(mixed)):
-        pass
-
     own = model_of("qwen2")
     own.__class__ = type(llama(llama_config()))
     assert "not a Qwen2ForCausalLM" in unsupported(own)
@@ -515,7 +512,7 @@ def test_llama_widths(heads, kv_heads, channels):
     ("qwen2", 28, 4, 128), ("qwen3", 32, 8, 128), ("mistral", 32, 8, 128), ("qwen3", 16, 8, 64),
 ])  # fmt: skip
 def test_widths_of_other_families(family, heads, kv_heads, head_dim):
-    """Two layers as wide as a Qwen2.5-7B's, a Qwen3-8B's, a Mistral's with a window inside the text, a small Qwen3's."""
+    """Two layers as wide as a Qwen2.5-7B's, a Qwen3-8B's, a Mistral's with a window in the text, a small Qwen3's."""
     hidden = heads * head_dim
     config = config_of(
         family, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=2, num_attention_heads=heads,

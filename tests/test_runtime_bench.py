@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cli_cases import answer, ppf, refusal
-from factories import TINY, llama, llama_config
+from factories import TINY, llama, llama_config, model_of
 
 from ppf._version import versions
 from ppf.fast.runtime import benchmark
@@ -47,6 +47,18 @@ def test_bytes_and_operations_of_a_model():
     layer = 48 * 48 * 2 + 2 * 24 * 48 + 3 * 64 * 48
     assert plan.read_bytes() == 4 * (4 * (layer + 2 * 48) + 48 + 258 * 48)
     assert benchmark.prefill_operations(plan, 2, 10) == 2 * (2 * 4 * layer * 10 + 4 * 2 * 6 * 8 * 100 + 2 * 258 * 48)
+
+
+def test_biases_head_norms_and_windows_of_a_model():
+    """What they add by hand: a window's keys are read and multiplied, and no others."""
+    config = {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+    plan, plain = plan_of(model_of("qwen3", **config)), plan_of(llama(llama_config()))
+    assert plan.read_bytes() - plain.read_bytes() == 4 * 4 * (48 + 2 * 24 + 48 + 2 * 8)
+    positions = 3 * 10 + 4
+    assert benchmark._cache_bytes(plan, 2, 10) == 2 * 2 * 3 * 8 * 4 * positions
+    fewer = plain.layers[0].attention.q.shape[0] * 4 * (10 * 10 - (10 * 10 - 6 * 6)) / 2
+    wanted = benchmark.prefill_operations(plain, 2, 10) - 2 * fewer
+    assert benchmark.prefill_operations(plan, 2, 10) == wanted and plan.reach(100) == 100
 
 
 def test_a_step_is_what_more_tokens_cost(monkeypatch):

@@ -46,11 +46,12 @@ class RMSNorm(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, quant_config=None, prefix: str = ""):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, quant_config=None,
+                 bias: bool = False, prefix: str = ""):  # fmt: skip
         super().__init__()
         assert hidden_act == "silu" and prefix.endswith(".mlp")
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -59,12 +60,13 @@ class LlamaMLP(nn.Module):
 
 class DeciLMAttention(nn.Module):
     def __init__(self, config, hidden_size: int, num_heads: int, num_kv_heads: int, max_position_embeddings: int,
-                 quant_config=None, cache_config=None, prefix: str = ""):  # fmt: skip
+                 quant_config=None, bias: bool = False, bias_o_proj: bool = False, cache_config=None,
+                 prefix: str = ""):  # fmt: skip
         super().__init__()
         assert prefix.endswith(".self_attn") and max_position_embeddings == config.max_position_embeddings
         self.head_dim, self.sizes = config.head_dim, [n * config.head_dim for n in (num_heads, num_kv_heads)]
-        self.qkv_proj = nn.Linear(hidden_size, self.sizes[0] + 2 * self.sizes[1], bias=False)
-        self.o_proj = nn.Linear(self.sizes[0], hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(hidden_size, self.sizes[0] + 2 * self.sizes[1], bias=bias)
+        self.o_proj = nn.Linear(self.sizes[0], hidden_size, bias=bias_o_proj)
         self.rotary = LlamaRotaryEmbedding(config=config)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -126,6 +128,8 @@ class DeciLMForCausalLM(nn.Module):
         for name, weight in weights:
             *_, part, _ = name.split(".")
             target, rows = name.replace(part, _PARTS.get(part, part)), len(weight)
+            if target.endswith(".bias") and target not in parameters:
+                continue  # as vLLM does: a bias that the model does not have is passed over
             # From the front: gate and q. From the back: up and v, and k before v.
             start = {"k_proj": -2 * rows, "v_proj": -rows, "up_proj": -rows}.get(part, 0)
             parameters[target].data[start:][:rows] = weight

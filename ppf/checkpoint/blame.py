@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from ..errors import InputError
 
+# Seconds: a message that names the file only is better than one that takes long.
+_PATIENCE = 0.5
 CORRECT = "Correct the file, or get it again from the model's own source"
 
 Result = TypeVar("Result")
@@ -23,7 +26,10 @@ def attempt(file: Path, data: Fields, action: Callable[[Fields], Result]) -> Res
         said = shown(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         problem = f"transformers refuses it in {file} ({said})"
         # Nested values and names of things are more often at fault than what validators look at.
+        deadline = monotonic() + _PATIENCE
         for field in sorted(data, key=lambda name: not isinstance(data[name], dict | list | str)):
+            if monotonic() > deadline:
+                break
             if _works(action, {name: value for name, value in data.items() if name != field}):
                 raise InputError(field, shown(data[field]), problem, CORRECT) from error
         raise InputError("config", file, problem, CORRECT) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from ..errors import InputError
 from ..model.build import LAYERS, check_shapes, expected_tensors
@@ -79,5 +79,7 @@ def _try_out(contents: Contents, data: Mapping[str, Any]) -> tuple[dict[str, tor
     structure_of(contents.family, config)
     outer = {name: torch.zeros(()).expand(shape) for name, shape in expected.items() if not name.startswith(LAYERS)}
     frame = Frame(contents.family, config, outer)
+    if len(DynamicCache(config=config).layers) != config.num_hidden_layers:
+        raise ValueError("not every layer has its place in the cache")
     frame.model.model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
     return expected, dict(frame.model.named_buffers())

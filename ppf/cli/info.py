@@ -133,16 +133,12 @@ def _describe_checkpoint(facts: dict[str, Any]) -> str:
 
 def _sizes(structure: dict[str, Any]) -> str:
     """A structure's sizes in words; of layers that differ, the least and the most that one has."""
-    size = structure["head_dim"]
-    groups, channels, heads = (
-        sorted({value(row) for row in structure[kind]})
-        for kind, value in (
-            ("attention", lambda row: row[0]), ("ffn", lambda row: row[0]), ("attention", lambda row: row[2] // size)
-        )
-    )  # fmt: skip
+    attention, ffn = structure["attention"], structure["ffn"]
+    groups, channels = (sorted({units for units, *_ in rows}) for rows in (attention, ffn))
+    heads = sorted({columns // structure["head_dim"] for units, _, columns, _ in attention if units})
     return (
-        f"{len(structure['ffn'])} layers, hidden {structure['hidden']}, {_span(groups)} kv-groups of {_span(heads)} "
-        f"heads x {size}, {_span(channels)} FFN channels"
+        f"{len(ffn)} layers, hidden {structure['hidden']}, {_span(groups)} kv-groups of {_span(heads)} heads x "
+        f"{structure['head_dim']}, {_span(channels)} FFN channels"
     )
 
 

@@ -56,5 +56,5 @@ def _layer(
             tensors, only = names.prefix(layer, kind, widths[kind]), dict.fromkeys(KINDS, 0) | {kind: widths[kind]}
             x = decoder.reference(index, only, tensors, x, told, lambda *_, b=bias: b, (part.output_name,))
         elif bias is not None:
-            x = x + bias
+            x = x + bias * getattr(decoder.config, "residual_multiplier", 1.0)  # Granite scales what sub-layers give
     return x

@@ -45,6 +45,7 @@ def evaluate(
     for about so many, evenly spaced. With a ``selection`` (or its dict, or its JSON file) only those units count: any
     other tool's mask, scored without surgery. Raises ``InputError`` for anything wrong with the arguments.
     """
+    target_device = str(checkpoint.resolve_device(device))
     if isinstance(selection, (str, Path)):
         selection = Selection.read(selection)
     elif isinstance(selection, Mapping):
@@ -53,7 +54,7 @@ def evaluate(
         config = model.config if isinstance(model, PreTrainedModel) else read_config(existing_folder(model))
         selection.check(structure_of(family_of(config.model_type), config))
     sequences, protocol = _read(model, text, sequence_length, tokens)
-    target = _decoder(model, device, dtype) if selection else _model(model, device, dtype)
+    target = (_decoder if selection else _model)(model, target_device, dtype)
     start = time.perf_counter()
     value, kept = _score(target, selection, sequences, progress)
     return {
@@ -99,7 +100,7 @@ def _model(model: str | Path | PreTrainedModel, device: str, dtype: str) -> PreT
 def _decoder(model: str | Path | PreTrainedModel, device: str, dtype: str) -> Decoder:
     if isinstance(model, PreTrainedModel):
         return Decoder.of_model(model)
-    decoder = checkpoint.load_decoder(model, str(checkpoint.resolve_device(device)), dtype)
+    decoder = checkpoint.load_decoder(model, device, dtype)
     return decoder.to(compute_dtype(decoder.dtype, decoder.device)) if dtype == "auto" else decoder
 
 

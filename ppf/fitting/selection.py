@@ -34,7 +34,8 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Selection:
-    """Indices of the kv-groups and of the channels that every layer keeps, in the model's own order; in any order."""
+    """Indices of the kv-groups and of the channels that every layer keeps, as the model numbers them, in any order. A
+    sub-layer that keeps none is absent, with its biases and norms."""
 
     attention: tuple[tuple[int, ...], ...]
     ffn: tuple[tuple[int, ...], ...]
@@ -86,7 +87,7 @@ class Selection:
                 _check_number(kind, index, len(kept), structure)
 
     def ranking(self, structure: Structure) -> list[LayerRanking]:
-        """Every layer's kept units first, the others behind them."""
+        """Every layer's kept units first, the others behind them; both as they stand in the model."""
         return [
             LayerRanking(**{kind: _kept_first(self.of(kind)[i], structure.of(kind)[i].units) for kind in KINDS})
             for i in range(structure.layers)
@@ -131,7 +132,6 @@ def _check_number(kind: str, index: int, kept: int, structure: Structure) -> Non
 
 
 def _kept_first(kept: tuple[int, ...], units: int) -> Tensor:
-    rest = torch.ones(units, dtype=torch.bool)
-    order = torch.tensor(kept, dtype=torch.int64)
-    rest[order] = False
-    return torch.cat((order, rest.nonzero()[:, 0]))
+    stays = torch.zeros(units, dtype=torch.bool)
+    stays[torch.tensor(kept, dtype=torch.int64)] = True
+    return torch.cat((stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]))

@@ -49,6 +49,8 @@ def pruned_config(dense: PreTrainedConfig, policy: Policy) -> PreTrainedConfig:
         found = _uniform(family, dense, common | layers[0])
         if found is not None:
             return found
+    if common.get("layer_types"):
+        common["layer_types"] = _types(common["layer_types"], policy)
     dense_fields = _dense_fields(family, dense)
     return classes_of(family.result_type)["Config"](**common, **dense_fields, per_layer_config=dict(enumerate(layers)))
 
@@ -112,6 +114,12 @@ def check_shapes(field: str, expected: Mapping[str, Any], found: Mapping[str, An
 def _heads(structure: Structure, kind: str, layer: int) -> int:
     """Query heads of a kv-group; 1 for kinds that have none."""
     return structure.of(kind)[layer].columns // structure.head_dim if kind == "attention" else 1
+
+
+def _types(layer_types: list[str], policy: Policy) -> list[str]:
+    """The layers' types, of those without attention that of layer 0: transformers takes the length of a type's mask
+    from the cache of the first layer of that type, which must have one."""
+    return [t if width else layer_types[0] for t, width in zip(layer_types, policy.attention, strict=True)]
 
 
 def _dense_fields(family: Family, dense: PreTrainedConfig) -> dict[str, int]:

@@ -5,8 +5,8 @@
     with model.at(0.5):
         model.generate(...)
 
-It is a model of the class that the family's results have, whose layers change their widths, so everything that takes one
-takes it. Graphs are kept for the latest policies. A key/value cache belongs to the policy it was made under: every
+It is a model of the class that the family's results have, whose layers change their widths, so everything that takes
+one takes it. Graphs are kept for the latest policies. A key/value cache belongs to the policy it was made under: every
 ``generate()`` makes its own, and ``forward()`` refuses one of another policy.
 """
 
@@ -27,8 +27,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from ...errors import InputError, PPFError
 from ...families import KINDS, Family
 from ...fast.runtime import generation
-from ...fast.runtime.engine import Engine
-from ...fast.runtime.plan import Plan, layer_of, plan_of, unsupported
+from ...fast.runtime.plan import Plan, layer_of, unsupported
 from ...fast.runtime.state import STATE, RuntimeState, hooked
 from ...fitting.library import Library
 from ...model.build import build
@@ -66,8 +65,9 @@ class Elastic:
         self.__dict__.update({
             "_grid": grid, "_decoder": decoder, "_library": library, "_choose": choose, STATE: state,
             "_slots": slots, "_chosen": {**chosen, 0.0: dense}, "_policy": dense, "_dense_plan": state.plan,
-            "_forms": OrderedDict({dense: Form([slot.cut(slot.units) for slot in slots], state.plan)}),
+            "_forms": OrderedDict(),
         })  # fmt: skip
+        self._forms[dense] = Form([slot.cut(slot.units) for slot in slots], state.plan, self._types(dense))
 
     @property
     def policy(self) -> Policy:
@@ -101,6 +101,8 @@ class Elastic:
         form = self._form(policy)
         for slot, tensors in zip(self._slots, form.tensors, strict=True):
             slot.fill(tensors)
+        if form.layer_types is not None and form.layer_types != self.config.layer_types:
+            self.config.layer_types = list(form.layer_types)
         state.plan, self.__dict__["_policy"] = form.plan, policy
 
     @contextmanager
@@ -159,7 +161,7 @@ class Elastic:
             tensors = [
                 slot.cut(policy[slot.kind][slot.index], outputs.get((slot.index, slot.kind))) for slot in self._slots
             ]
-            forms[policy] = Form(tensors, self._plan(policy, outputs))
+            forms[policy] = Form(tensors, self._plan(policy, outputs), self._types(policy))
             while len(forms) > MAX_POLICIES:
                 oldest = forms.popitem(last=False)[1]
                 if oldest.plan is not None:
@@ -194,6 +196,12 @@ class Elastic:
             layers.append(layer_of(*(parts.get(kind) for kind in KINDS), dense.window))
         return replace(self._dense_plan, layers=tuple(layers))
 
+    def _types(self, policy: Policy) -> list[str] | None:
+        """Types of the layers: one without attention takes the first's, since masks take a text's length from the cache
+        of the first layer of each type."""
+        types = getattr(self._decoder.config, "layer_types", None)
+        return types and [kind if width else types[0] for kind, width in zip(types, policy.attention, strict=True)]
+
     def _get_static_cache_init_shape(self) -> tuple[list[int], int] | None:
         """Shapes for generate()'s eager cache: the configuration has the dense widths, not those in force."""
         dense = super()._get_static_cache_init_shape()
@@ -225,7 +233,7 @@ class _ElasticState(RuntimeState):
         return self.reason or hooked(model.modules())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def elastic_class(family: Family) -> type[PreTrainedModel]:
     """The class of a family's elastic models, such as ``ElasticQwen3ForCausalLM``. Raises ``InputError`` for a family
     that holds several projections in one matrix."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...fast.runtime.plan import Plan
 from ...families import KINDS
+from ...fast.runtime.plan import Plan
 from ...model.classes import plain_parts
 from ...model.decoder import Decoder
 from ...model.perlayer import Absent
@@ -19,10 +19,12 @@ Cut = tuple[Tensor, ...] | None
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """All that a policy is made of: a cut for every slot, and the runtime's plan if it serves the model."""
+    """All that a policy is made of: a cut for every slot, the runtime's plan if it serves the model, and the types of
+    the layers if there are several."""
 
     tensors: Sequence[Cut]
     plan: Plan | None
+    layer_types: Sequence[str] | None
 
 
 class Slot:

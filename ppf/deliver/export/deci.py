@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...families.traits import unserved
 from ...model.grid import PORTABLE_MULTIPLE
 from .hf import write_copy
 from .source import Source, check_destination
 
 _CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
+_FAMILIES = "llama", "mistral"
 _PORTABLE = "Fit and prune with --portable, or export to hf or gguf, which keep every layer's own widths"
 
 
 def to_deci(source: Source, output: str | Path, force: bool = False) -> dict[str, Any]:
     """Write ``source`` as a DeciLM folder; returns what ``ppf.json`` says about the export.
 
-    Weights and tokenizer stay as they are. Raises ``InputError``, before anything is written, where layers have
-    different numbers of query heads, or fewer than hidden size / head size, or an FFN width that is no multiple of 256.
+    Weights and tokenizer stay as they are. Raises ``InputError``, before anything is written, for families and
+    arithmetic other than a plain Llama's, and where layers have different numbers of query heads, or fewer than hidden
+    size / head size, or an FFN width that is no multiple of 256.
     """
     check_destination(source, output, force)
     code = {_CONFIGURATION.name: _CONFIGURATION.read_text(encoding="utf-8")}
@@ -32,6 +35,7 @@ def to_deci(source: Source, output: str | Path, force: bool = False) -> dict[str
 def deci_config(source: Source) -> dict[str, Any]:
     """The fields of config.json that differ from Llama's; None removes one."""
     config = source.config
+    _require_llama(source)
     heads = config.hidden_size // source.head_dim
     _require_global_heads(source, heads)
     _require_multiples(source)
@@ -61,6 +65,20 @@ def _block(heads: int, kv_heads: int, channels: int, hidden: int) -> dict[str, A
         "attention": attention | {"replace_with_linear": False, "sparsify": None, "window_length": None},
         "ffn": ffn | {"replace_with_linear": False, "sparsify": None},
     }
+
+
+def _require_llama(source: Source) -> None:
+    """DeciLM's layers are Llama's. A Mistral without a window is one too."""
+    if source.is_tower or source.family.model_type not in _FAMILIES:
+        raise _unlike(source, f"DeciLM has the layers of {' and '.join(_FAMILIES)} only")
+    if reason := unserved(source.traits, ()):
+        raise _unlike(source, f"DeciLM's readers cannot run it: {reason}")
+    if source.biases:
+        raise _unlike(source, f"PPF writes no biases for DeciLM, this model has: {', '.join(sorted(source.biases))}")
+
+
+def _unlike(source: Source, problem: str) -> InputError:
+    return InputError("architecture", source.config.model_type, problem, "Export to hf or gguf")
 
 
 def _require_global_heads(source: Source, heads: int) -> None:

@@ -75,9 +75,7 @@ ARCHITECTURES = {
         replace(_LLAMA, name="mistral3", traits=_LLAMA.traits | {"position scale"}),
         Architecture("qwen2", square=True, biases=_QKV),
         Architecture("qwen3", traits=frozenset({"head norm"}), biases=_QKV),
-        Architecture(
-            "openelm", traits=frozenset({"head norm"}), layered=True, head="tied", fused=frozenset({"qkv"})
-        ),
+        Architecture("openelm", traits=frozenset({"head norm"}), layered=True, head="tied", fused=frozenset({"qkv"})),
         _GEMMA,
         replace(
             _GEMMA,
@@ -94,9 +92,7 @@ ARCHITECTURES = {
             rope=frozenset({"default", "linear", "longrope"}),
         ),
         Architecture("olmo2", traits=frozenset({"post-norms", "joint head norm"}), square=True, head="stored"),
-        Architecture(
-            "smollm3", traits=frozenset({"unrotated layers"}), paired=True, biases=_QKV, unrotated=4
-        ),
+        Architecture("smollm3", traits=frozenset({"unrotated layers"}), paired=True, biases=_QKV, unrotated=4),
     )
 }
 # (scores are capped, logits are capped) that an architecture can compute.

@@ -52,6 +52,8 @@ def to_gguf(source: Source, output: str | Path, dtype: str = "f16", force: bool 
     length = context_length(source, architecture)
     if length < source.config.max_position_embeddings:
         facts["context_length"] = length
+    if source.is_tower:
+        facts["part"] = "text tower"
     with new_directory(output, force) as folder:
         require_space(output, sum(_bytes(shape, _kind(shape, dtype)) for _, shape in plan) + _METADATA)
         _write(writer, folder / facts["file"], plan, weights(source, architecture, rotation), dtype)

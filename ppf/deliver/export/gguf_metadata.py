@@ -65,7 +65,7 @@ def model_name(folder: str, words: Vocabulary) -> str:
     It does if Phi-3 is in the name, and then fails to load a vocabulary without four tokens of Phi-3's.
     """
     plain = re.sub("phi-?3", "phi_3", folder, flags=re.IGNORECASE)
-    return f"phi-3 {plain}" if words.strips_right and _PHI3_TOKENS <= set(words.tokens) else plain
+    return f"phi-3 {plain}" if words.strips_right and _PHI3_TOKENS.issubset(words.tokens) else plain
 
 
 def _describe_rotation(writer: GGUFWriter, rotation: Rotation) -> None:

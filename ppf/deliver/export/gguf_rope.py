@@ -17,7 +17,14 @@ from .source import Source
 
 # What llama.cpp divides the angle of an unrotated pair by: far enough from the end of fp32.
 _NO_TURN = 1e30
-_YARN: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+_YARN: dict[str, Any] = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+}
 
 
 @dataclass(frozen=True)

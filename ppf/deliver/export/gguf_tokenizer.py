@@ -39,7 +39,9 @@ _PRE_TOKENIZERS = {
 }
 # Both keep what the pattern finds; the patterns above find everything.
 _KEEPING = ("Isolated", False), ("Removed", True)
-_REMEDY = "Export to hf, which keeps the tokenizer as it is, or add its pre-tokeniser to ppf/deliver/export/gguf_tokenizer.py"
+_REMEDY = (
+    "Export to hf, which keeps the tokenizer as it is, or add its pre-tokeniser to ppf/deliver/export/gguf_tokenizer.py"
+)
 
 
 @dataclass(frozen=True)

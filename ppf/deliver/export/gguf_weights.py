@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...families.traits import logit_scale
 from ...model.build import LAYERS, TIED
 from ...model.layer import LayerMap
-from ...model.views import attention_of, ffn_of
+from ...model.views import Attention, attention_of, ffn_of
 from .gguf_architectures import Architecture
 from .gguf_rope import Rotation
 from .source import LAYER_0, Source
@@ -150,29 +150,29 @@ class _Layers:
 
     def _attention(self, index: int, layer: Mapping[str, Tensor], heads: int, groups: int) -> Named:
         family = self.source.family
-        part, names = family.attention, LayerMap(family, self.source.structure, index)
-        found, module = attention_of(family, names, layer, groups), family.attention.module
-        # Norms over all heads together are no head norms of a declaration; they keep their names.
-        norms = {role: layer.get(f"{module}.{role}_norm.weight") for role in ("q", "k")}
-        norms |= {role: norm for role, norm in (("q", found.q_norm), ("k", found.k_norm)) if norm is not None}
+        found = attention_of(family, LayerMap(family, self.source.structure, index), layer, groups)
+        # Norms over all heads together are no head norms of a declaration.
+        q_norm, k_norm = (layer.get(f"{family.attention.module}.{role}_norm.weight") for role in ("q", "k"))
+        q_norm, k_norm = (q_norm, k_norm) if found.q_norm is None else (found.q_norm, found.k_norm)
         yield from self._norm("attn_norm", found.norm)
-        for role, norm in norms.items():
-            if norm is not None:
-                shifted = _plus(norm, self.shift)
-                yield f"attn_{role}_norm.weight", _times(shifted, self.factors.query) if role == "q" else shifted
-        query = 1.0 if norms["q"] is not None else self.factors.query
+        yield from self._norm("attn_q_norm", q_norm, self.factors.query)
+        yield from self._norm("attn_k_norm", k_norm)
+        yield from self._rows(found, heads, groups, self.factors.query if q_norm is None else 1.0)
+        yield from _both("attn_output", found.o, found.o_bias, self.factors.residual)
+        yield from self._norm("post_attention_norm", found.after)
+
+    def _rows(self, found: Attention, heads: int, groups: int, scale: float) -> Named:
+        """Queries, keys and values; queries are multiplied by ``scale``."""
         rows = {
-            "q": (self._turned(found.q, heads, query), self._turned(found.q_bias, heads, query)),
-            "k": (self._turned(found.k, groups), self._turned(found.k_bias, groups)),
-            "v": (found.v, found.v_bias),
+            "attn_q": (self._turned(found.q, heads, scale), self._turned(found.q_bias, heads, scale)),
+            "attn_k": (self._turned(found.k, groups), self._turned(found.k_bias, groups)),
+            "attn_v": (found.v, found.v_bias),
         }
         if "qkv" in self.architecture.fused:
             yield "attn_qkv.weight", torch.cat([weight for weight, _ in rows.values()])
         else:
-            for role, (weight, bias) in rows.items():
-                yield from _both(f"attn_{role}", weight, bias)
-        yield from _both("attn_output", found.o, found.o_bias, self.factors.residual)
-        yield from self._norm("post_attention_norm", found.after)
+            for name, (weight, bias) in rows.items():
+                yield from _both(name, weight, bias)
 
     def _ffn(self, index: int, layer: Mapping[str, Tensor], channels: int) -> Named:
         family = self.source.family
@@ -186,9 +186,9 @@ class _Layers:
         yield from _both("ffn_down", found.down, found.down_bias, self.factors.residual)
         yield from self._norm("post_ffw_norm", found.after)
 
-    def _norm(self, name: str, weight: Tensor | None) -> Named:
+    def _norm(self, name: str, weight: Tensor | None, scale: float = 1.0) -> Named:
         if weight is not None:
-            yield f"{name}.weight", _plus(weight, self.shift)
+            yield f"{name}.weight", _times(_plus(weight, self.shift), scale)
 
     def _turned(self, rows: Tensor | None, heads: int, scale: float = 1.0) -> Tensor | None:
         """Rows of queries or keys, in the architecture's order, scaled, rotated ones stretched too."""

@@ -20,7 +20,7 @@ _SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".txt", ".md"}
 _OTHER_FILES = 1 << 20
 _AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 # What is added to ppf/model/perlayer.py: the classes of one family, made when the file is imported.
-_FOOTER = '''
+_FOOTER = """
 
 # Written by `ppf export --to hf --self-contained`: the classes of this checkpoint.
 from {modeling} import {imported}  # noqa: E402
@@ -32,7 +32,7 @@ make_classes(
     {parts!r},
     __name__,
 )
-'''
+"""
 
 
 def to_hf(source: Source, output: str | Path, self_contained: bool = False, force: bool = False) -> dict[str, Any]:

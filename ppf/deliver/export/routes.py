@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ...errors import InputError
 from .deci import deci_config
-from .gguf_tokenizer import vocabulary
-from .gguf_weights import rope_factors, written_widths
+from .gguf_file import require_runnable
 from .source import Source
 from .vllm import require_servable
 
@@ -15,13 +14,7 @@ def routes(source: Source) -> dict[str, str | None]:
     return {"hf": None} | {name: _problem(check, source) for name, check in _CHECKS.items()}
 
 
-def _gguf(source: Source) -> None:
-    written_widths(source)
-    rope_factors(source.config, source.head_dim)
-    vocabulary(source.tokenizer, source.config)
-
-
-_CHECKS = {"gguf": _gguf, "vllm": lambda source: require_servable(source, 1), "deci": deci_config}
+_CHECKS = {"gguf": require_runnable, "vllm": lambda source: require_servable(source, 1), "deci": deci_config}
 
 
 def _problem(check, source: Source) -> str | None:

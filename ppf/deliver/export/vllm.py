@@ -1,7 +1,7 @@
-"""vLLM: what it will refuse, said before it is served, and a folder that its plugin opens.
+"""vLLM: what it will refuse, said before it is served, and a folder that it opens, with PPF's plugin where need be.
 
-``pip install ppf`` beside vLLM registers the model class (ppf/export/vllm_plugin.py); the folder itself is the Hugging
-Face one, with the answer of the check in its report.
+``pip install ppf`` beside vLLM registers the model class (ppf/deliver/export/vllm_plugin.py); the folder itself is the
+Hugging Face one, with the answer of the check in its report. Uniform results are vLLM's own models of their families.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...families.traits import unserved
 from .hf import write_copy
 from .source import Source, check_destination
+from .vllm_plugin import SERVED
 
 _SIZES = (1, 2, 4, 8, 16)
+_REMEDY = "Export to hf or gguf, or prune with the same widths in all layers"
 
 
 def to_vllm(source: Source, output: str | Path, tensor_parallel: int = 1, force: bool = False) -> dict[str, Any]:
@@ -29,9 +32,12 @@ def to_vllm(source: Source, output: str | Path, tensor_parallel: int = 1, force:
 
 
 def require_servable(source: Source, tensor_parallel: int) -> None:
-    """Raise ``InputError`` for a layer without attention, and for widths that so many GPUs cannot share evenly."""
+    """Raise ``InputError`` for layers of different widths in a family that the plugin does not serve, for a layer
+    without attention, and for widths that so many GPUs cannot share evenly."""
     if tensor_parallel < 1:
         raise InputError("tensor-parallel", tensor_parallel, "is no number of GPUs", "Use a whole number, at least 1")
+    if not source.is_uniform:
+        _require_served(source)
     for index, (heads, _, _) in enumerate(source.widths):
         if not heads:
             problem = "vLLM's general back end gives every layer a key/value cache, and has none of this width"
@@ -41,6 +47,16 @@ def require_servable(source: Source, tensor_parallel: int) -> None:
     if problem:
         fits = [size for size in _SIZES if tensor_parallel_problem(source, size) is None]
         raise InputError("tensor-parallel", tensor_parallel, problem, f"This checkpoint fits {fits}")
+
+
+def _require_served(source: Source) -> None:
+    served, problem = sorted(config.model_type for config in SERVED), None
+    if source.is_tower or source.config.model_type not in served:
+        problem = f"PPF's plugin for vLLM serves layers of different widths of {', '.join(served)} only"
+    elif reason := unserved(source.traits, ()):
+        problem = f"PPF's plugin for vLLM cannot run it: {reason}"
+    if problem:
+        raise InputError("architecture", source.config.model_type, problem, _REMEDY)
 
 
 def tensor_parallel_problem(source: Source, size: int) -> str | None:

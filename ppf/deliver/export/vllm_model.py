@@ -1,7 +1,8 @@
-"""``PPFLlamaForCausalLM`` for vLLM. Imported by vLLM only, by name, when it serves a ``ppf_llama`` checkpoint.
+"""Results of PPF for vLLM: Llamas, and Mistrals and Qwen2s, which vLLM's Llama computes too.
 
-vLLM's DeciLM has all that a Llama with absent sub-layers needs: forward pass, weight names, pipeline parallelism, LoRA,
-layers without attention. What it lacks is a number of query heads per layer; that is all this adds.
+Imported by vLLM only, by name, when it serves such a checkpoint. vLLM's DeciLM has all that a Llama with absent
+sub-layers needs: forward pass, weight names, pipeline parallelism, LoRA, layers without attention. What it lacks is a
+number of query heads per layer; that is all this adds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class PPFLlamaDecoderLayer(DeciLMDecoderLayer):
         attention, ffn = config.block_configs[layer_idx].attention, config.block_configs[layer_idx].ffn
         self._is_no_op_attention, self._is_no_op_ffn = attention.no_op, ffn.no_op
         self.hidden_size = config.hidden_size
+        # Said, or vLLM passes over biases that a checkpoint has.
+        attention_bias = getattr(config, "attention_bias", False)
         if not attention.no_op:
             self.self_attn = DeciLMAttention(
                 config=config,
@@ -47,6 +50,8 @@ class PPFLlamaDecoderLayer(DeciLMDecoderLayer):
                 num_kv_heads=attention.num_key_value_heads,
                 max_position_embeddings=config.max_position_embeddings,
                 quant_config=quant_config,
+                bias=getattr(config, "qkv_bias", attention_bias),
+                bias_o_proj=attention_bias,
                 cache_config=cache_config,
                 prefix=f"{prefix}.self_attn",
             )
@@ -57,6 +62,7 @@ class PPFLlamaDecoderLayer(DeciLMDecoderLayer):
                 intermediate_size=ffn.intermediate_size,
                 hidden_act=config.hidden_act,
                 quant_config=quant_config,
+                bias=getattr(config, "mlp_bias", False),
                 prefix=f"{prefix}.mlp",
             )
             self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -1,7 +1,7 @@
 """The ``vllm.general_plugins`` entry point: vLLM calls :func:`register` in every process it starts.
 
 vLLM (up to 0.27 at least) reads head counts off the global config, which a heterogeneous config of transformers refuses
-to answer. So in vLLM's processes ``ppf_llama`` gets a configuration of its own: global fields hold the largest layer's
+to answer. So in vLLM's processes our results get configurations of their own: global fields hold the largest layer's
 values, which is what vLLM plans with, and ``block_configs`` holds every layer's, in the form of vLLM's own DeciLM.
 
 Written against vLLM's public interfaces and tested against stand-ins for them; it has not been run in a real vLLM.
@@ -14,7 +14,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
 
-ARCHITECTURE = "PPFLlamaForCausalLM"
 # Named, not imported: importing a model class may initialise CUDA, and vLLM forks afterwards.
 MODEL_CLASS = "ppf.deliver.export.vllm_model:PPFLlamaForCausalLM"
 _COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -45,15 +44,36 @@ class ServedConfig(LlamaConfig):
         """Instead of Llama's check that the heads divide the hidden size: pruned ones need not."""
 
 
+@strict
+class ServedMistralConfig(ServedConfig):
+    """``ppf_mistral``, of models without a window."""
+
+    model_type = "ppf_mistral"
+
+
+@strict
+class ServedQwen2Config(ServedConfig):
+    """``ppf_qwen2``."""
+
+    model_type = "ppf_qwen2"
+    qkv_bias: bool = True
+
+
+SERVED = ServedConfig, ServedMistralConfig, ServedQwen2Config
+
+
 def register() -> None:
-    """Make vLLM know ``ppf_llama`` checkpoints: configuration and, under its name, the model class."""
+    """Make vLLM know results of PPF: their configurations and, under their names, the model class."""
     from vllm import ModelRegistry
 
-    import ppf  # noqa: F401  (its own registration first, which the next line replaces)
+    from ...model.classes import classes_of
 
-    AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
+    for config in SERVED:
+        # PPF's own registration first, which the next line replaces.
+        architecture = classes_of(config.model_type)["ForCausalLM"].__name__
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, MODEL_CLASS)
 
 
 def _served(fields: dict[str, Any]) -> dict[str, Any]:

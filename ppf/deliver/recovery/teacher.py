@@ -49,5 +49,10 @@ def _require_same_vocabulary(checkpoint: Path, teacher: Path) -> None:
     ours, theirs = read_config(checkpoint).vocab_size, read_config(teacher).vocab_size
     if ours != theirs:
         raise InputError("teacher", teacher, f"has a vocabulary of {theirs}, the checkpoint one of {ours}", _REMEDY)
-    if load_tokenizer(checkpoint).get_vocab() != load_tokenizer(teacher).get_vocab():
+    if _vocabulary(checkpoint, ours) != _vocabulary(teacher, ours):
         raise InputError("teacher", teacher, "has another tokenizer than the checkpoint", _REMEDY)
+
+
+def _vocabulary(folder: Path, rows: int) -> dict[str, int]:
+    """Token → id, of those that a model with so many rows can read; tokenizers may know more."""
+    return {token: number for token, number in load_tokenizer(folder).get_vocab().items() if number < rows}

@@ -102,8 +102,9 @@ def _rank(
     name: str, decoder: Decoder, index: int, kind: str, statistics: LayerStatistics, scores: Scores | None
 ) -> Tensor:
     sublayer = decoder.structure.of(kind)[index]
-    if not sublayer.units:
-        return torch.arange(0)
+    if sublayer.step >= sublayer.units:
+        # Nothing to rank. Units that only go together must not move either: norms over all of them know their places.
+        return torch.arange(sublayer.units)
     if scores is None:
         inputs = _inputs(decoder, index, kind)
         scored = Scored(decoder.output(index, kind), statistics.of(kind), inputs, sublayer.columns)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...choose.budget import Budget
 from ...errors import InputError, PPFError
+from ...model.grid import Grid
 from ...model.policy import Policy
 from ...model.structure import Structure
 from .statistics import PeerStatistics
@@ -21,13 +22,11 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     A level's damage is the true rise of log-perplexity with only this sub-layer pruned to it; interactions are ignored.
     With fewer evaluations than S·(K − 1) + 1, evenly spaced levels are measured and the rest interpolated.
     """
-    damage = _damages(statistics, budget)
-    return budget.grid.decode(torch.tensor([_solve(damage, budget)]))[0]
+    return solve(damages(statistics, budget.grid), budget)
 
 
-def _damages(statistics: PeerStatistics, budget: Budget) -> list[Tensor]:
-    """For every sub-layer the damage of each level from its minimum to its maximum, fp64."""
-    grid = budget.grid
+def damages(statistics: PeerStatistics, grid: Grid) -> list[Tensor]:
+    """For every sub-layer the damage of each level from its minimum to its maximum, fp64; the same for all budgets."""
     movable = sum(high > low for low, high in zip(grid.minimum, grid.maximum, strict=True))
     each = int(statistics.meter.remaining - 1) // movable
     if each < 1:
@@ -36,9 +35,9 @@ def _damages(statistics: PeerStatistics, budget: Budget) -> list[Tensor]:
     measured = [_spaced(low, high, each) for low, high in zip(grid.minimum, grid.maximum, strict=True)]
     policies = [grid.dense()]
     for sublayer, levels in enumerate(measured):
-        policies += [_only(budget, sublayer, level) for level in levels]
+        policies += [_only(grid, sublayer, level) for level in levels]
     dense, *values = statistics.meter.measure(policies)
-    return [_interpolated(budget, s, levels, values, dense, measured) for s, levels in enumerate(measured)]
+    return [_interpolated(grid, s, levels, values, dense, measured) for s, levels in enumerate(measured)]
 
 
 def _spaced(low: int, high: int, count: int) -> list[int]:
@@ -47,23 +46,23 @@ def _spaced(low: int, high: int, count: int) -> list[int]:
     return sorted({low + index * (high - low) // count for index in range(count)})
 
 
-def _only(budget: Budget, sublayer: int, level: int) -> Policy:
-    levels = list(budget.grid.maximum)
+def _only(grid: Grid, sublayer: int, level: int) -> Policy:
+    levels = list(grid.maximum)
     levels[sublayer] = level
-    return budget.grid.decode(torch.tensor([levels]))[0]
+    return grid.decode(torch.tensor([levels]))[0]
 
 
 def _interpolated(
-    budget: Budget, sublayer: int, levels: list[int], values: list[float], dense: float, measured: list[list[int]]
+    grid: Grid, sublayer: int, levels: list[int], values: list[float], dense: float, measured: list[list[int]]
 ) -> Tensor:
     start = sum(len(other) for other in measured[:sublayer])
     known = [value - dense for value in values[start : start + len(levels)]] + [0.0]
-    low, high = budget.grid.minimum[sublayer], budget.grid.maximum[sublayer]
+    low, high = grid.minimum[sublayer], grid.maximum[sublayer]
     return torch.from_numpy(np.interp(np.arange(low, high + 1), [*levels, high], known))
 
 
-def _solve(damage: list[Tensor], budget: Budget) -> list[int]:
-    """Levels [S] of the least total damage whose cost is within half a step of the budget (HiGHS)."""
+def solve(damage: list[Tensor], budget: Budget) -> Policy:
+    """The policy of the least total damage whose cost is within half a step of the budget (HiGHS)."""
     grid = budget.grid
     score = np.concatenate([d.numpy() for d in damage])
     cost = np.concatenate(
@@ -84,7 +83,7 @@ def _solve(damage: list[Tensor], budget: Budget) -> list[int]:
             options={"time_limit": 60.0, "mip_rel_gap": 1e-4},
         )  # fmt: skip
         if answer.x is not None:
-            return _chosen(answer.x, damage, grid.minimum)
+            return grid.decode(torch.tensor([_chosen(answer.x, damage, grid.minimum)]))[0]
     raise PPFError(f"no policy meets the budget: {answer.message}")
 
 
