@@ -20,12 +20,13 @@ import torch
 from shapes import random_model
 
 from ppf.choose.candidates.sampling import random_levels, uniform_policy
-from ppf.deliver.profiling import Workload, measure_profile, milliseconds, profile_facts
+from ppf.deliver.profiling import measure_profile, profile_facts
+from ppf.fast.permute import identity
+from ppf.fast.timing import Workload, milliseconds
 from ppf.files import write_json
 from ppf.fitting.materialize import materialize
 from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
-from ppf.model.layer import LayerRanking
 from ppf.model.policy import Policy
 
 # FFN multiple, tokens.
@@ -41,11 +42,7 @@ def policies(grid: Grid) -> list[Policy]:
 def rows(name: str) -> list[dict[str, Any]]:
     decoder, (multiple, tokens) = Decoder.of_model(random_model(name)), MEASURED[name]
     grid = Grid(decoder.structure, multiple)
-    order = [
-        LayerRanking(torch.arange(attention.units), torch.arange(ffn.units))
-        for attention, ffn in zip(grid.structure.attention, grid.structure.ffn, strict=True)
-    ]
-    found = []
+    order, found = identity(decoder), []
     for workload in (Workload("prefill", 1, tokens), Workload("decode", 1, tokens), Workload("decode", 16, tokens)):
         start = time.perf_counter()
         profile = measure_profile(grid, lambda p: materialize(decoder, order, grid, p), workload)
@@ -63,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    facts = profile_facts(torch.device("cuda"), torch.bfloat16) | {"date": datetime.date.today().isoformat()}
+    facts = profile_facts(random_model("ref-14m")) | {"date": datetime.date.today().isoformat()}
     write_json(
         options.output, facts | {"unit": "milliseconds", "rows": [row for name in MEASURED for row in rows(name)]}
     )

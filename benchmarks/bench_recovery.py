@@ -23,10 +23,10 @@ import torch
 
 import ppf
 from ppf._version import versions
-from ppf.cli.eval import load_for_computing
 from ppf.deliver.results import choose, deliver
 from ppf.files import write_json
 from ppf.fitting.evaluation.scoring import model_log_perplexity
+from ppf.fitting.perplexity import load_for_computing
 from ppf.fitting.reader import Reader
 from ppf.fitting.run import Protocol
 
@@ -78,12 +78,13 @@ def variants(asked: argparse.Namespace, pruned: Path, sequences: torch.Tensor) -
 def main() -> None:
     """Fit, prune, recover with every method, write the rows."""
     asked = arguments()
-    sequences = Reader.of(asked.model, LENGTH).sequences(asked.test_text)
+    reader = Reader.of(asked.model, LENGTH)
+    sequences = reader.sequences(asked.test_text)
     with tempfile.TemporaryDirectory(prefix="ppf-recovery-") as folder:
         settings = ppf.Settings(evaluations=EVALUATIONS)
         run = ppf.fit(asked.model, asked.text, Path(folder) / "run", settings=settings, device=asked.device)
-        pruned = Path(folder) / "pruned"
-        report = deliver(run, choose(run, RATIO), pruned)
+        session, pruned = ppf.Session(run, asked.device), Path(folder) / "pruned"
+        report = deliver(session, choose(session, RATIO), pruned)
         data = {
             "environment": versions()
             | {
@@ -94,7 +95,7 @@ def main() -> None:
             "delivered_ratio": report["delivered_ratio"],
             "policy": report["policy"],
             "fit": settings.to_dict(),
-            "protocol": Protocol.of_file(asked.test_text, sequences, "all of it").to_dict()
+            "protocol": Protocol.of_file(asked.test_text, sequences, "all of it", reader.begin).to_dict()
             | {"text": asked.test_text.name},
             "dense": perplexity(asked.model, sequences, asked.device),
             "pruned": perplexity(pruned, sequences, asked.device),

@@ -11,6 +11,8 @@ import torch
 from factories import one_thread as single_threaded
 from factories import quick_learning, write_checkpoint, write_text
 
+import ppf
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("PPF_REFERENCE", REPOSITORY.parent / "shared")).resolve()
 
@@ -56,8 +58,6 @@ def one_thread() -> Iterator[None]:
 def tiny_run(tmp_path_factory) -> Path:
     """A finished run of a tiny grouped-query model: ``model``, ``text.txt`` and ``run`` in one folder. Do not change
     it; copy it (``shutil.copytree``) to damage or extend it."""
-    import ppf
-
     folder = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder / "model")
     write_text(folder / "text.txt")

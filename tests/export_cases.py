@@ -6,15 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from factories import TINY, config_of, llama, one_thread
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
-from ppf.checkpoint import load_decoder, load_tokenizer, save
+from ppf.checkpoint import Checkpoint, load_decoder, load_tokenizer, save
 from ppf.families import KINDS, families
 from ppf.model.build import LAYERS, build, pruned_config
 from ppf.model.policy import Policy
@@ -91,8 +92,8 @@ def write_random(output: Path, policy: Policy | None = None, tokenizer=None, fam
 
     Its vocabulary of 300 is larger than the tokenizer's 290.
     """
-    fields = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 299} | changes
-    config = config_of(family, **fields)
+    fields = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1} | changes
+    config = config_of(family, **({"pad_token_id": fields["vocab_size"] - 1} | fields))
     model = llama(pruned_config(config, policy) if policy else config)
     save(model, tokenizer or bpe_tokenizer(), output, {})
     return output
@@ -100,6 +101,33 @@ def write_random(output: Path, policy: Policy | None = None, tokenizer=None, fam
 
 def bpe_tokenizer(pre_tokenizer: dict | None = None, **model) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 290 tokens, trained on the sample; ``model`` changes fields of tokenizer.json's model."""
+    data = json.loads(_trained())
+    data["model"] |= model
+    data["pre_tokenizer"] = pre_tokenizer or data["pre_tokenizer"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), bos_token="<s>", eos_token="</s>"
+    )
+
+
+def write_tower(output: Path, policy: Policy) -> Path:
+    """A random Gemma 3 with a vision tower, its text tower cut to ``policy``."""
+    fields = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": True}
+    text = config_of("gemma3_text", **fields)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision | {"image_size": 16, "patch_size": 4}, image_token_index=299,
+        boi_token_index=298, eoi_token_index=297, mm_tokens_per_image=4,
+    )  # fmt: skip
+    dense = output.with_name(f"{output.name}-dense")
+    Gemma3ForConditionalGeneration(config).save_pretrained(dense)
+    bpe_tokenizer().save_pretrained(dense)
+    save(llama(pruned_config(text, policy)), None, output, {}, source=Checkpoint(dense))
+    return output
+
+
+@cache
+def _trained() -> str:
+    """tokenizer.json of :func:`bpe_tokenizer`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,7 +136,7 @@ def bpe_tokenizer(pre_tokenizer: dict | None = None, **model) -> PreTrainedToken
         vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([SAMPLE.read_text(encoding="utf-8")[:20_000]], trainer)
-    return _adapted(tokenizer, pre_tokenizer, model)
+    return tokenizer.to_str()
 
 
 def sentencepiece_tokenizer(metaspace: bool = False, size: int = 480) -> PreTrainedTokenizerFast:
@@ -139,13 +167,12 @@ def sentencepiece_tokenizer(metaspace: bool = False, size: int = 480) -> PreTrai
 
 
 def gemma_tokenizer() -> PreTrainedTokenizerFast:
-    """:func:`sentencepiece_tokenizer` as Gemma's is: no space in front, and a byte that the table names twice."""
+    """:func:`sentencepiece_tokenizer` as Gemma's is: no space in front, and a step that finds no spaces any more."""
     tokenizer = sentencepiece_tokenizer()
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     space = {"String": " "}
     data["normalizer"] = {"type": "Replace", "pattern": space, "content": "▁"}
     data["pre_tokenizer"] = {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False}
-    data["model"]["vocab"]["\t"] = data["model"]["vocab"]["<0x09>"]
     data["decoder"]["decoders"] = data["decoder"]["decoders"][:3]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(data)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -162,23 +189,19 @@ def _added(index: int, token: str) -> dict:
     return {"id": index, "content": token, "special": True} | flags
 
 
-def _adapted(tokenizer: Tokenizer, pre_tokenizer: dict | None, model: dict) -> PreTrainedTokenizerFast:
-    data = json.loads(tokenizer.to_str())
-    data["model"] |= model
-    data["pre_tokenizer"] = pre_tokenizer or data["pre_tokenizer"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(data)), bos_token="<s>", eos_token="</s>"
-    )
-
-
 def sample_ids(checkpoint: Path, tokens: int = 96) -> list[int]:
     """The begin token and some text, in the checkpoint's tokens."""
     return load_tokenizer(checkpoint)(SAMPLE.read_text(encoding="utf-8")[40_000:42_000])["input_ids"][:tokens]
 
 
-@torch.no_grad()
 def transformers_logits(checkpoint: Path, ids: list[int]) -> Tensor:
-    """fp32 logits [T, vocabulary] of the checkpoint in transformers."""
+    """fp32 logits [T, vocabulary] of the checkpoint in transformers; do not change them."""
+    return _logits(checkpoint, tuple(ids))
+
+
+@lru_cache(maxsize=4)
+@torch.no_grad()
+def _logits(checkpoint: Path, ids: tuple[int, ...]) -> Tensor:
     with one_thread():
         return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)(torch.tensor([ids])).logits[0]
 

@@ -14,7 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from ppf.choose.candidates.breeding import Effort
 from ppf.families import family_of
+from ppf.fitting import calibration, collection, stages
+from ppf.fitting.experience import Evaluation
 from ppf.model.build import build, expected_tensors
 from ppf.model.classes import stock_classes
 from ppf.model.decoder import Decoder
@@ -156,9 +159,6 @@ def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
 
 def quick_learning(patch: pytest.MonkeyPatch) -> None:
     """Train predictors and agents of the fit loop for a few steps only: tests of the loop need no good ones."""
-    from ppf.choose.candidates.breeding import Effort
-    from ppf.fitting import collection, stages
-
     learn, quick = collection.learn, {"effort": 0.05, "experts": 0}
     for module in (collection, stages):
         patch.setattr(module, "learn", lambda *arguments, **named: learn(*arguments, **(named | quick)))
@@ -175,9 +175,7 @@ def synthetic_log_perplexity(grid: Grid, levels: Tensor) -> Tensor:
     return 3.5 + damage + 1.5 * pairs + damage * pairs
 
 
-def synthetic_rows(grid: Grid, levels: Tensor) -> list:
-    from ppf.fitting.experience import Evaluation
-
+def synthetic_rows(grid: Grid, levels: Tensor) -> list[Evaluation]:
     values = synthetic_log_perplexity(grid, levels).tolist()
     policies: Sequence[Policy] = grid.decode(levels)
     return [Evaluation(p, v, grid.ratio(p), 0, "random", 0.0) for p, v in zip(policies, values, strict=True)]
@@ -185,8 +183,6 @@ def synthetic_rows(grid: Grid, levels: Tensor) -> list:
 
 def track_grams(monkeypatch):
     """A function that counts the Grams alive; its ``peak`` is the most there were when one was made."""
-    from ppf.fitting import calibration
-
     references = []
 
     def living() -> int:

@@ -1,8 +1,8 @@
 """llama.cpp's graphs written out in NumPy, fp64, from nothing but a GGUF file: quirks included.
 
 Independent of the writer, read off llama.cpp's src/models: ``llama`` and its kin rotate neighbouring rows, the others
-rows half a head apart; a ``deci`` layer whose FFN width is 0 is skipped whole, and after the last layer's attention only
-the rows that are asked for remain, unless that layer was skipped; windows exist in Gemma's graphs only.
+rows half a head apart; a ``deci`` layer whose FFN width is 0 is skipped whole, and after the last layer's attention
+only the rows that are asked for remain, unless that layer was skipped; windows exist in Gemma's graphs only.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from export_cases import python, write_random
 
+from ppf.families import families
+from ppf.fitting.family_check import tiny_config
+from ppf.model.build import pruned_config
 from ppf.model.policy import Policy
 
 REPOSITORY = Path(__file__).parents[1]
@@ -43,8 +46,28 @@ def test_results_open_without_importing_ppf(moment, tmp_path):
     done = python(_OPEN.format(repository=str(REPOSITORY), order=_MOMENTS[moment].format(hook=hook)), folder)
     assert done.returncode == 0, done.stderr
     opened, left = done.stdout.splitlines()
-    assert opened == "False ppf.model.configuration PPFLlamaForCausalLM"
+    assert opened == "False ppf.model.classes PPFLlamaForCausalLM"
     assert left == "SourceFileLoader True"  # the table's module is as it was
+
+
+def test_results_of_every_family_are_known(tmp_path):
+    """Each by its own configuration class, and PPF imported only when the first one is opened."""
+    for family in families():
+        groups = (3, 3, 0) if family.attention.whole else (3, 1, 0)
+        pruned_config(tiny_config(family), Policy(groups, [10, 0, 4])).save_pretrained(tmp_path / family.model_type)
+    names = [family.model_type for family in families()]
+    hook = f"import {entry_point().module}; {entry_point().module}.{entry_point().attr}()"
+    code = (
+        f"import sys; sys.path.append({str(REPOSITORY)!r}); {hook}; from transformers import AutoConfig\n"
+        "print('ppf' in sys.modules)\n"
+        "for name in sys.argv[2:]:\n"
+        "    config = AutoConfig.from_pretrained(sys.argv[1] + '/' + name)\n"
+        "    print(config.model_type, type(config).__name__, config.layer_widths()[2])\n"
+    )
+    done = python(code, tmp_path, *names)
+    assert done.returncode == 0, done.stderr
+    expected = [f"ppf_{family.model_type} PPF{family.classes}Config (0, 0, 4)" for family in families()]
+    assert done.stdout.splitlines() == ["False", *expected]
 
 
 def test_it_imports_only_the_standard_library():

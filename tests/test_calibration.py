@@ -2,92 +2,132 @@
 
 import pytest
 import torch
-from factories import dense_weights, llama, llama_config, random_ranking, tokens, track_grams
+from factories import config_of, dense_weights, llama, llama_config, random_ranking, tokens, track_grams
 
-from ppf.fitting.calibration import calibrate
-from ppf.model.weights import DecoderWeights
+from ppf.families import KINDS, families
+from ppf.fast.permute import permuted
+from ppf.fitting.calibration import LayerStatistics, Moments, Statistics, calibrate
+from ppf.model.build import pruned_config
+from ppf.model.decoder import Decoder
+from ppf.model.layer import expand_units
+from ppf.model.policy import Policy
 from ppf.text import BATCH_TOKENS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+IRREGULAR = Policy([3, 0, 2, 0], [64, 16, 0, 0])
+MODELS = {
+    "mha": lambda: llama(llama_config("mha")),
+    "tied": lambda: llama(llama_config(tie_word_embeddings=True)),
+    "half of a Llama": lambda: llama(pruned_config(llama_config(), IRREGULAR)),
+    "half of a Gemma": lambda: llama(pruned_config(config_of("gemma3_text"), IRREGULAR)),
+} | {f.model_type: lambda f=f: llama(config_of(f.model_type)) for f in families()}
 
 
 def hooked_inputs(model, sequences) -> dict[str, torch.Tensor]:
     """Inputs fp64 [tokens, n] of every output projection, by module name."""
-    seen = {}
+    seen, ends = {}, tuple(part.output_name for part in Decoder.of_model(model).family.parts.values())
     for name, module in model.named_modules():
-        if name.endswith(("o_proj", "down_proj")):
+        if name.endswith(ends):
             module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].flatten(0, -2).double()}))
     with torch.no_grad():
         model(sequences)
     return seen
 
 
-@pytest.mark.parametrize("heads", ["mha", "gqa"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_statistics_are_those_of_the_model(heads, tied):
-    model, weights = dense_weights(heads, tie_word_embeddings=tied)
-    sequences = tokens(5, 30)
-    inputs = hooked_inputs(model, sequences)
-    found = list(calibrate(weights, sequences))
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_are_those_of_the_model(name):
+    """For every family, and for a source whose layers differ: what is absent has none."""
+    model, sequences = MODELS[name](), tokens(5, 30)
+    decoder, inputs = Decoder.of_model(model), hooked_inputs(model, sequences)
+    found = list(calibrate(decoder, sequences))
     assert len(found) == 4
+    tried = 0
     for index, layer in enumerate(found):
-        for name, part in (("self_attn.o_proj", layer.attention), ("mlp.down_proj", layer.ffn)):
-            x = inputs[f"model.layers.{index}.{name}"]
+        for kind in KINDS:
+            part, module = layer.of(kind), f"model.layers.{index}.{decoder.family.parts[kind].output_name}"
+            assert (part is None) == (module not in inputs)
+            if part is None:
+                continue
+            x = inputs.pop(module)
             gram = x.T @ x / len(x)
             scale = gram.diagonal().max()
             torch.testing.assert_close(part.gram.double(), gram, rtol=1e-4, atol=float(1e-5 * scale))
             torch.testing.assert_close(part.mean.double(), x.mean(0), rtol=1e-4, atol=float(1e-5 * scale.sqrt()))
             variance = x.var(0, correction=0)
             torch.testing.assert_close(part.variance.double(), variance, rtol=1e-4, atol=float(1e-5 * scale))
+            assert torch.equal(part.second_moment, part.gram.diagonal())
             assert part.gram.dtype == part.mean.dtype == part.variance.dtype == torch.float32
-            # Negative control: another layer's statistics do not pass.
-            other = inputs[f"model.layers.{(index + 1) % 4}.{name}"]
-            assert not torch.allclose(part.gram.double(), other.T @ other / len(x), rtol=1e-2)
+            tried += 1
+    assert tried == (4 if "half" in name else 8) and not inputs
+
+
+def test_another_layers_statistics_do_not_pass():
+    """Negative control of the test above."""
+    model, sequences = MODELS["mha"](), tokens(5, 30)
+    inputs = hooked_inputs(model, sequences)
+    for index, layer in enumerate(calibrate(Decoder.of_model(model), sequences)):
+        for kind, module in (("attention", "self_attn.o_proj"), ("ffn", "mlp.down_proj")):
+            other = inputs[f"model.layers.{(index + 1) % 4}.{module}"]
+            assert not torch.allclose(layer.of(kind).gram.double(), other.T @ other / len(other), rtol=1e-2)
 
 
 @pytest.mark.parametrize("size", [1, 60, 10**6])
 def test_batches_make_no_difference(monkeypatch, size):
-    _, weights = dense_weights()
+    _, decoder = dense_weights()
     sequences = tokens(5, 30)
-    expected = list(calibrate(weights, sequences))
+    expected = list(calibrate(decoder, sequences))
     monkeypatch.setitem(BATCH_TOKENS, "cpu", size)
-    for ours, theirs in zip(calibrate(weights, sequences), expected, strict=True):
-        for part in ("attention", "ffn"):
+    for ours, theirs in zip(calibrate(decoder, sequences), expected, strict=True):
+        for kind in KINDS:
             for name in ("gram", "mean", "variance"):
-                a, b = getattr(getattr(ours, part), name), getattr(getattr(theirs, part), name)
+                a, b = getattr(ours.of(kind), name), getattr(theirs.of(kind), name)
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 def test_only_one_layers_grams_are_alive(monkeypatch):
     living = track_grams(monkeypatch)
-    _, weights = dense_weights()
-    stream = calibrate(weights, tokens())
+    _, decoder = dense_weights()
+    stream = calibrate(decoder, tokens())
     for _ in range(4):
         layer = next(stream)
         assert living() == living.peak == 2
         del layer
     # A caller that holds on to one layer has two, so the count can tell.
-    stream = calibrate(weights, tokens())
+    stream = calibrate(decoder, tokens())
     kept = next(stream)
     next(stream)
     assert kept is not None and living.peak == 4
 
 
-def test_permuted_weights_give_permuted_statistics():
-    _, weights = dense_weights()
-    ranking = random_ranking(weights.structure)
-    plain = list(calibrate(weights, tokens()))
-    permuted = list(calibrate(weights.permuted(ranking), tokens()))
-    for order, a, b in zip(ranking, plain, permuted, strict=True):
-        expected = a.ffn.gram[order.ffn][:, order.ffn]
-        torch.testing.assert_close(b.ffn.gram, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_permuted_weights_give_permuted_statistics(family):
+    _, decoder = dense_weights(family=family)
+    ranking = random_ranking(decoder.structure)
+    plain = list(calibrate(decoder, tokens()))
+    ranked = list(calibrate(permuted(decoder, ranking), tokens()))
+    for index, (order, a, b) in enumerate(zip(ranking, plain, ranked, strict=True)):
+        for kind in KINDS:
+            channels = expand_units(order.of(kind), decoder.structure.of(kind)[index].columns)
+            expected = a.of(kind).gram[channels][:, channels]
+            torch.testing.assert_close(b.of(kind).gram, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_half_precision_statistics_are_fp32_and_close():
-    model = llama(llama_config(), dtype=torch.bfloat16)
+    decoder = Decoder.of_model(llama(llama_config(), dtype=torch.bfloat16))
     sequences = tokens(5, 30)
-    half = list(calibrate(DecoderWeights.from_model(model), sequences))
-    full = list(calibrate(DecoderWeights.from_model(model).to(torch.float32), sequences))
+    half = list(calibrate(decoder, sequences))
+    full = list(calibrate(decoder.to(torch.float32), sequences))
     assert half[0].ffn.gram.dtype == torch.float32
     for a, b in zip(half, full, strict=True):
         assert (a.ffn.gram - b.ffn.gram).norm() < 0.1 * b.ffn.gram.norm()
+
+
+def test_moments_are_what_is_left_of_statistics():
+    x = torch.randn(50, 7) + 0.5
+    statistics = Statistics(x.T @ x / 50, x.mean(0), x.var(0, correction=0))
+    moments = Moments(statistics.mean, statistics.variance)
+    torch.testing.assert_close(moments.second_moment, statistics.second_moment)
+    order = torch.randperm(7)
+    torch.testing.assert_close(moments.ordered(order).second_moment, statistics.second_moment[order])
+    layer = LayerStatistics(None, moments)
+    assert layer.of("attention") is None and layer.of("ffn") is moments

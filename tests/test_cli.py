@@ -5,24 +5,20 @@ import math
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cli_cases import answer, interrupted, ppf, refusal
-from factories import config_of, llama, quick_learning, write_checkpoint, write_text
+from factories import quick_learning, write_checkpoint, write_text
 from safetensors.torch import load_file, save_file
 
-import ppf as package
 from ppf import checkpoint, files
 from ppf.checkpoint import hashes, writing
-from ppf.cli import app
 from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run
 from ppf.fitting.session import Session
-from ppf.model.build import pruned_config
 from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,53 +188,11 @@ def test_info_about_runs_and_checkpoints(run, pruned, tiny_run):
     assert "64/64" in ppf("info", tiny_run / "model").stdout and "measured" in ppf("info", pruned).stdout
 
 
-def test_bars_stand_beside_what_their_own_layer_has(tmp_path):
-    """Of a model whose layers differ: layer 1 has no attention, layer 2 no FFN."""
-    config = pruned_config(config_of("llama"), Policy([3, 0, 2, 1], [64, 32, 0, 8]))
-    llama(config).save_pretrained(tmp_path / "model")
-    lines = ppf("info", tmp_path / "model").stdout.splitlines()
-    assert "4 layers, hidden 48, 0 to 3 kv-groups of 2 heads x 8, 0 to 64 FFN channels" in "\n".join(lines)
-    bars = [line.split() for line in lines[-4:]]
-    full = "█" * 24
-    assert bars[0] == ["0", full, "3/3", full, "64/64"] and bars[1] == ["1", "-", full, "32/32"]
-    assert bars[2] == ["2", full, "2/2", "-"] and bars[3] == ["3", full, "1/1", full, "8/8"]
-
-
 def test_help_and_version():
     shown = ppf("--help").stdout
     for name in ("fit", "policy", "prune", "eval", "generate", "info", "demo"):
         assert f" {name} " in shown and ppf(name, "--help").exit_code == 0
     assert ppf("--version").stdout.startswith("ppf 0.")
-
-
-_IMPORTS = """
-import sys
-import ppf, ppf.families
-assert ppf.InputError and ppf.families.family_of("qwen3") and "Run" in dir(ppf)
-from ppf.cli import app
-for arguments in (["--help"], ["--version"], *([name, "--help"] for name in sys.argv[1:])):
-    try:
-        app(arguments, prog_name="ppf")
-    except SystemExit as stop:
-        assert stop.code == 0
-heavy = [name for name in ("torch", "transformers", "numpy", "safetensors") if name in sys.modules]
-assert not heavy, heavy
-"""
-
-
-def test_importing_ppf_and_asking_for_help_load_neither_torch_nor_transformers():
-    names = [command.name for command in app.registered_commands]
-    done = subprocess.run([sys.executable, "-c", _IMPORTS, *names], capture_output=True, text=True)
-    assert done.returncode == 0 and len(names) == 14, done.stderr[-2000:]
-
-
-def test_names_come_from_the_package_when_they_are_asked_for():
-    for name in package.__all__:
-        assert getattr(package, name) is not None
-    assert package.PPFQwen3ForCausalLM.config_class is package.PPFQwen3Config
-    for name in ("nothing", "PPFNothing"):
-        with pytest.raises(AttributeError, match=name):
-            getattr(package, name)
 
 
 # What commands refuse

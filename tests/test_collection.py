@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import dense_weights, quick_learning, random_ranking, synthetic_log_perplexity, tokens
 
+from ppf.fast.permute import permuted
 from ppf.fitting import collection
 from ppf.fitting.collection import collect, learn, schedule
 from ppf.fitting.evaluation import Evaluator
@@ -42,8 +43,8 @@ class Interrupted(Evaluator):
 @pytest.fixture
 def evaluator(monkeypatch) -> Interrupted:
     quick_learning(monkeypatch)
-    _, weights = dense_weights()
-    return Interrupted(weights.permuted(random_ranking(weights.structure)), Grid(weights.structure, 8), tokens(2, 12))
+    _, decoder = dense_weights()
+    return Interrupted(permuted(decoder, random_ranking(decoder.structure)), Grid(decoder.structure, 8), tokens(2, 12))
 
 
 def measured(store: Experience) -> list:

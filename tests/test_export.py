@@ -8,14 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import answer, ppf, refusal
-from export_cases import POLICIES, UNIFORM, prune_to, python, sample_ids, transformers_logits, write_random
-from transformers import AutoConfig, AutoModelForCausalLM
+from export_cases import (
+    FAMILIES,
+    POLICIES,
+    UNIFORM,
+    even,
+    prune_to,
+    python,
+    sample_ids,
+    transformers_logits,
+    uneven,
+    write_random,
+    write_tower,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ppf import files
 from ppf.checkpoint import load, verify
 from ppf.deliver.export import open_source, to_deci, to_gguf, to_hf, to_vllm
 from ppf.deliver.export.configuration_decilm import DeciLMConfig
+from ppf.deliver.export.routes import routes
 from ppf.errors import InputError
+from ppf.families import family_of
 from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +82,7 @@ def pruned(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uniform(tmp_path_factory) -> Path:
-    return prune_to(tmp_path_factory.mktemp("uniform") / "out", UNIFORM, sequences=2)
+    return prune_to(tmp_path_factory.mktemp("uniform") / "out", UNIFORM)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +100,7 @@ def test_hf_is_the_same_checkpoint(pruned, tmp_path):
     assert not list((tmp_path / "hf").glob("*.py")) and verify(tmp_path / "hf")
     assert fingerprint(tmp_path / "hf") == fingerprint(pruned)
     report = json.loads((tmp_path / "hf" / "ppf.json").read_text())
-    assert report["export"]["source"] == str(pruned) and report["policy"]["ffn"] == list(POLICIES[0.5].ffn)
+    assert report["export"]["source"] == str(pruned) and report["policy"] == POLICIES[0.5].to_dict()
 
 
 def test_fresh_process_with_import_ppf(pruned, tmp_path):
@@ -101,7 +115,6 @@ def test_fresh_process_with_import_ppf(pruned, tmp_path):
 def test_fresh_process_without_ppf(pruned, uniform, portable, tmp_path):
     assert to_hf(open_source(pruned), tmp_path / "code", self_contained=True)["self_contained"]
     assert verify(tmp_path / "code")
-    assert "from .." not in "".join(file.read_text() for file in (tmp_path / "code").glob("*.py"))
     assert not to_hf(open_source(uniform), tmp_path / "uniform", self_contained=True)["self_contained"]
     assert not list((tmp_path / "uniform").glob("*.py"))
     to_deci(open_source(portable), tmp_path / "deci")
@@ -120,6 +133,44 @@ def test_exporting_a_self_contained_folder_again_drops_its_code(pruned, tmp_path
     to_hf(open_source(tmp_path / "first"), tmp_path / "second")
     assert "auto_map" not in json.loads((tmp_path / "second" / "config.json").read_text())
     assert not list((tmp_path / "second").glob("*.py"))
+
+
+def test_every_family_opens_without_ppf(tmp_path):
+    """Its layers: whole, FFN only, attention only, neither; so also caches, and what a rotation is told."""
+    sources = [write_random(tmp_path / family, uneven(family), family=family) for family in FAMILIES]
+    for source in sources:
+        to_hf(open_source(source), tmp_path / f"{source.name}-code", self_contained=True)
+        (code,) = (tmp_path / f"{source.name}-code").glob("*.py")
+        imported = {line.split()[1].split(".")[0] for line in code.read_text().splitlines() if _imports(line)}
+        assert imported == {"__future__", "copy", "sys", "typing", "huggingface_hub", "torch", "transformers"}
+    cases = [(tmp_path / f"{source.name}-code", True) for source in sources]
+    found = read_by(cases, tmp_path / "cache", "sys.modules['ppf'] = None")
+    names = [f"PPF{family_of(family).classes}ForCausalLM" for family in FAMILIES]
+    assert found == [[name, *fingerprint(source)] for name, source in zip(names, sources, strict=True)]
+
+
+def _imports(line: str) -> bool:
+    return line.startswith(("import ", "from "))
+
+
+def test_multimodal_models(tmp_path):
+    """Copied whole; a text tower whose layers differ needs PPF, and has no other reader."""
+    even_tower = write_tower(tmp_path / "even", even("gemma3_text"))
+    facts = to_hf(open_source(even_tower), tmp_path / "hf", self_contained=True)
+    assert not facts["self_contained"] and verify(tmp_path / "hf")
+    stored = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf").state_dict()
+    original = AutoModelForImageTextToText.from_pretrained(even_tower).state_dict()
+    assert stored.keys() == original.keys() and all(torch.equal(stored[name], original[name]) for name in stored)
+    assert any("vision" in name for name in stored)
+    source = open_source(write_tower(tmp_path / "uneven", uneven("gemma3_text")))
+    for write, problem in (
+        (lambda s, o: to_hf(s, o, self_contained=True), "open only where PPF is installed"),
+        (to_vllm, "PPF's plugin for vLLM serves"),
+        (to_deci, "llama and mistral only"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            write(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # DeciLM
@@ -151,6 +202,41 @@ def test_deci_refuses_other_widths(ratio, tmp_path):
     field = {0.3: "query heads of layer 1", 0.5: "FFN channels of layer 1"}[ratio]
     refusal("export", source, "--to", "deci", "--output", tmp_path / "out", field=field, value={0.3: 2, 0.5: 64}[ratio])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes", "problem"),
+    [
+        ("qwen2", even, {}, "layers of llama and mistral only"),
+        ("gemma3_text", uneven, {}, "layers of llama and mistral only"),
+        ("mistral", even, {}, "window"),
+        ("llama", uneven, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+         "length-dependent rotation"),
+        ("llama", even, {"attention_bias": True}, "no biases for DeciLM, this model has: attention output, key"),
+    ],
+)  # fmt: skip
+def test_deci_refuses_what_is_not_a_plain_llama(family, kind, changes, problem, tmp_path):
+    source = open_source(write_random(tmp_path / "in", kind(family), family=family, **changes))
+    with pytest.raises(InputError, match=problem):
+        to_deci(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "open_to"),
+    [
+        ("llama", even, {"hf", "gguf", "vllm"}),
+        ("qwen2", uneven, {"hf", "gguf"}),
+        ("gemma3_text", even, {"hf", "gguf", "vllm"}),
+        ("gemma3_text", uneven, {"hf"}),
+        ("olmo2", uneven, {"hf"}),
+        ("granite", uneven, {"hf", "gguf"}),
+    ],
+)
+def test_routes_say_who_would_open_a_checkpoint(family, kind, open_to, tmp_path):
+    found = routes(open_source(write_random(tmp_path / "in", kind(family), family=family)))
+    assert {name for name, problem in found.items() if problem is None} == open_to
+    assert all(problem is None or " = " in problem for problem in found.values())
 
 
 # Every format
@@ -216,5 +302,5 @@ def test_the_command_writes_every_format_and_says_how_to_open_it(to, tmp_path):
 
 def test_our_own_auto_classes_never_trust_remote_code(pruned, tmp_path):
     to_hf(open_source(pruned), tmp_path / "hf", self_contained=True)
-    assert type(AutoConfig.from_pretrained(tmp_path / "hf")).__module__ == "ppf.model.configuration"
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")).__module__ == "ppf.model.modeling"
+    for auto in (AutoConfig, AutoModelForCausalLM):
+        assert type(auto.from_pretrained(tmp_path / "hf")).__module__ == "ppf.model.classes"

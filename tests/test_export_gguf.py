@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from export_cases import (
     FAMILIES,
     LLAMA3_ROPE,
@@ -25,6 +26,7 @@ from export_cases import (
     transformers_logits,
     uneven,
     write_random,
+    write_tower,
 )
 from factories import byte_tokenizer
 from gguf_reference import Reference
@@ -204,7 +206,7 @@ def test_what_configurations_allow(family, kind, changes, tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 46])
 def test_gemma_27bs_scale_of_scores_is_told_by_its_layers(layers, tmp_path):
-    """llama.cpp takes hidden size over heads for 46 layers, the head size for all others; nothing in the file says so."""
+    """llama.cpp takes hidden size over heads for 46 layers, the head size for others; nothing in the file says so."""
     source = write_random(
         tmp_path / "in", family="gemma2", num_hidden_layers=layers, tie_word_embeddings=True, head_dim=4
     )
@@ -226,6 +228,16 @@ def test_windows_and_scaled_positions_bound_the_length(tmp_path):
     assert difference(reference, native, sample_ids(native, 60)) < 1e-5
     # Beyond the length the computations part: it is not said for nothing.
     assert difference(Reference(tmp_path / "a" / "model-f16.gguf"), window, sample_ids(window, 60)) > 0.01
+
+
+def test_the_text_tower_of_a_multimodal_model_is_written_alone(tmp_path):
+    source = write_tower(tmp_path / "in", even("gemma3_text"))
+    facts = to_gguf(open_source(source), tmp_path / "out", "f32")
+    reference, ids = Reference(tmp_path / "out" / facts["file"]), sample_ids(source, 60)
+    assert facts["part"] == "text tower" and reference.architecture == "gemma3"
+    with torch.no_grad():
+        expected = load(source, dtype="float32")(torch.tensor([ids])).logits[0, -1].double().numpy()
+    assert np.abs(reference.logits(ids) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 ANOTHER = "Export to hf"
@@ -438,11 +450,7 @@ def test_gemmas_sentencepiece_puts_no_space_in_front(tmp_path):
     source = write_random(tmp_path / "in", even("gemma3_text"), tokenizer, "gemma3_text", vocab_size=480)
     fields = written(source, tmp_path / "out").fields
     assert fields["tokenizer.ggml.model"] == "llama" and not fields["tokenizer.ggml.add_space_prefix"]
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    # A table may name a byte twice; llama.cpp needs it by its number.
-    tab = tokenizer.get_vocab()["<0x09>"]
-    assert tokenizer.get_vocab()["\t"] == tab and (tokens[tab], types[tab]) == ("<0x09>", BYTE)
-    text = "river ran past old stone walls"
+    text, tokens = "river ran past old stone walls", fields["tokenizer.ggml.tokens"]
     assert merge_by_score(text, tokens, fields["tokenizer.ggml.scores"], "") == tokenizer.tokenize(text)
 
 

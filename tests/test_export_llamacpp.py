@@ -16,7 +16,11 @@ from export_cases import (
     POLICIES,
     SAMPLE,
     UNIFORM,
+    YARN_ROPE,
     bpe_tokenizer,
+    even,
+    gemma_tokenizer,
+    longrope,
     policy_with_zeros,
     prune_to,
     python,
@@ -24,9 +28,10 @@ from export_cases import (
     sentencepiece_tokenizer,
     transformers_greedy,
     transformers_logits,
+    uneven,
     write_random,
 )
-from test_export_gguf import PRE_TOKENIZERS
+from test_export_gguf import ARCHITECTURES, BIASED, IGNORING_MERGES, PRE_TOKENIZERS, TIED
 
 from ppf.checkpoint import load_tokenizer
 from ppf.deliver.export import gguf_weights, open_source, to_gguf
@@ -70,7 +75,7 @@ def check(source: Path, output: Path) -> None:
 
 @pytest.mark.parametrize("ratio", POLICIES)
 def test_bundled_model(ratio, tmp_path):
-    check(prune_to(tmp_path / "in", POLICIES[ratio], sequences=4), tmp_path / "out")
+    check(prune_to(tmp_path / "in", POLICIES[ratio]), tmp_path / "out")
 
 
 @pytest.mark.reference
@@ -78,12 +83,83 @@ def test_bundled_model(ratio, tmp_path):
 def test_ref_14m(ratio, reference, tmp_path):
     model = reference / "models" / "ref-14m"
     policy = policy_with_zeros(model, ratio)
-    source = prune_to(tmp_path / "in", policy, model, reference / "text" / "calib.txt", sequences=8)
-    check(source, tmp_path / "out")
+    check(prune_to(tmp_path / "in", policy, model), tmp_path / "out")
+
+
+def near(source: Path, output: Path, generate: bool = True, **options) -> None:
+    """Logits within 1e-4 of transformers in f32, for Gemma 0.01: llama.cpp looks its GELU up in a table of 16 bits."""
+    facts = to_gguf(open_source(source), output, "f32")
+    ids = sample_ids(source, facts.get("context_length", 96))
+    settings = {"n_ctx": 512, "n_threads": 1, "logits_all": True, "type_k": _F32, "type_v": _F32, "verbose": False}
+    model = llama_cpp.Llama(str(output / facts["file"]), **settings | options)
+    error = np.abs(logits(model, ids) - transformers_logits(source, ids).numpy()).max()
+    assert error < (0.01 if facts["architecture"].startswith("gemma") else 1e-4)
+    if generate and "context_length" not in facts:
+        assert greedy(model, ids[:24], 24) == transformers_greedy(source, ids[:24], 24)
+
+
+KINDS = {"dense": lambda _: None, "even": even, "uneven": uneven}
+WRITTEN = [
+    (family, kind)
+    for family, found in ARCHITECTURES.items()
+    for kind, architecture in zip(KINDS, found, strict=True)
+    if architecture
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), WRITTEN)
+def test_families(family, kind, tmp_path):
+    # The folder's name goes into the file, and llama.cpp does not load everything that is called Phi-3.
+    source = tmp_path / f"{family}-{kind}"
+    near(write_random(source, KINDS[kind](family), family=family, tie_word_embeddings=family in TIED), tmp_path / "out")
+
+
+NEAR = {"rope_type": "default", "rope_theta": 100.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes"),
+    [
+        ("llama", "even", BIASED),
+        ("llama", "uneven", BIASED),
+        ("granite", "even", BIASED),
+        ("granite", "uneven", BIASED | {"tie_word_embeddings": True}),
+        ("olmo2", "even", {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE}),
+        ("smollm3", "even", {"rope_parameters": YARN_ROPE}),
+        ("smollm3", "uneven", {"no_rope_layers": [1, 1, 1, 1]}),
+        ("qwen2", "dense", {"rope_parameters": YARN_ROPE}),
+        ("qwen2", "even", {"rope_parameters": YARN_ROPE}),
+        ("qwen3", "even", {"rope_parameters": LINEAR}),
+        ("qwen3", "uneven", {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True}),
+        ("ministral3", "even", {"sliding_window": None}),
+        ("gemma2", "even", {"tie_word_embeddings": True, "rope_parameters": LINEAR, "attn_logit_softcapping": 2.0}),
+        ("gemma2", "even", {"tie_word_embeddings": True, "layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("gemma3_text", "even", {"final_logit_softcapping": 3.0}),
+        ("gemma3_text", "even", {"layer_types": ["full_attention"] * 4}),
+        ("gemma3_text", "even", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": NEAR}}),
+    ],
+)  # fmt: skip
+def test_what_configurations_allow(family, kind, changes, tmp_path):
+    near(write_random(tmp_path / "in", KINDS[kind](family), family=family, **changes), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "even"), ("llama", "uneven"), ("phi3", "dense"), ("phi3", "uneven")]
+)
+@pytest.mark.parametrize("long", [False, True])
+def test_longrope(family, kind, long, tmp_path):
+    """llama.cpp rounds its context up to 256, and chooses by it."""
+    rotated, original = {"llama": 8, "phi3": 4}[family], 32 if long else 256
+    rope = longrope(rotated, original) | ({"partial_rotary_factor": 0.5} if family == "phi3" else {})
+    fields = {"rope_parameters": rope, "original_max_position_embeddings": original, "max_position_embeddings": 1024}
+    source = write_random(tmp_path / "in", KINDS[kind](family), family=family, **fields)
+    # A text that grows beyond the original length changes transformers' factors on the way, not llama.cpp's.
+    near(source, tmp_path / "out", generate=not long, n_ctx=256)
 
 
 def test_uniform_results(tmp_path):
-    check(prune_to(tmp_path / "in", UNIFORM, sequences=2), tmp_path / "out")
+    check(prune_to(tmp_path / "in", UNIFORM), tmp_path / "out")
     mistral = write_random(tmp_path / "mistral", Policy([5] * 4, [40] * 4), heads="mha")
     assert open_source(mistral).config.model_type == "mistral"
     ids = sample_ids(mistral, 40)
@@ -101,7 +177,7 @@ def test_llama3_rope(tmp_path):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 0.05), ("bf16", 0.5), ("q8_0", 1.0)])
 def test_other_types_are_near(dtype, tolerance, tmp_path):
     """llama.cpp rounds activations too in these; the likeliest token rarely changes."""
-    source = prune_to(tmp_path / "in", POLICIES[0.3], sequences=2)
+    source = prune_to(tmp_path / "in", POLICIES[0.3])
     ids = sample_ids(source)
     expected, got = transformers_logits(source, ids).numpy(), logits(opened(source, tmp_path / "out", dtype), ids)
     assert np.abs(got - expected).max() < tolerance
@@ -140,7 +216,9 @@ def test_a_file_whose_layer_0_has_no_attention_does_not_load(tmp_path, monkeypat
     source = write_random(tmp_path / "in", Policy([3, 2, 1, 3], [64] * 4))
     assert opened(source, tmp_path / "right")
     widths = gguf_weights.written_widths
-    monkeypatch.setattr("ppf.deliver.export.gguf_file.written_widths", lambda source: [(0, 0, 64), *widths(source)[1:]])
+    monkeypatch.setattr(
+        "ppf.deliver.export.gguf_metadata.written_widths", lambda *given: [(0, 0, 64), *widths(*given)[1:]]
+    )
     with pytest.raises(Exception):  # noqa: B017  (llama-cpp-python's own, which has changed)
         opened(source, tmp_path / "wrong")
 
@@ -149,18 +227,23 @@ TEXTS = (
     SAMPLE.read_text(encoding="utf-8")[:1500],
     "  two  spaces, a\ttab\nand 12345 numbers: it's 3.14!\n\n",
     "Grüße, 世界 – naïve café 🦙",
+    "def f(x):\n\treturn x  # don'T\r\n\r\n  y = a/b//c",
+    "日本語、한국어, العربية, ΑΒΓ αβγ, ЖЗИ жзи ½ ² ①",
 )
 
 
-@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "sentencepiece", "metaspace", "tiny-2m"])
+def _tokenizer(name: str):
+    if name in PRE_TOKENIZERS:
+        return bpe_tokenizer(PRE_TOKENIZERS[name], ignore_merges=name in IGNORING_MERGES)
+    return gemma_tokenizer() if name == "gemma" else sentencepiece_tokenizer(name == "metaspace")
+
+
+@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "sentencepiece", "metaspace", "gemma", "tiny-2m"])
 def test_texts_become_the_same_tokens(name, tmp_path):
     if name == "tiny-2m":
-        source = prune_to(tmp_path / "in", UNIFORM, sequences=1)
-    elif name in ("sentencepiece", "metaspace"):
-        source = write_random(tmp_path / "in", tokenizer=sentencepiece_tokenizer(name == "metaspace"), vocab_size=480)
+        source = prune_to(tmp_path / "in", UNIFORM)
     else:
-        tokenizer = bpe_tokenizer(PRE_TOKENIZERS[name], ignore_merges=name == "llama-bpe")
-        source = write_random(tmp_path / "in", tokenizer=tokenizer)
+        source = write_random(tmp_path / "in", tokenizer=_tokenizer(name), vocab_size=480)
     model, tokenizer = opened(source, tmp_path / "out", vocab_only=True), load_tokenizer(source)
     for text in TEXTS:
         # Before a text that starts with a space, Metaspace puts none; SentencePiece and llama.cpp do.

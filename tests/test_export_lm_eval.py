@@ -75,7 +75,7 @@ def lines_of(path: Path, output: Path, count: int, longest: int = 1500) -> Path:
 
 @pytest.mark.parametrize("kind", ["non-uniform", "uniform", "self-contained"])
 def test_stock_command(kind, tmp_path):
-    checkpoint = prune_to(tmp_path / "in", UNIFORM if kind == "uniform" else POLICIES[0.3], sequences=4)
+    checkpoint = prune_to(tmp_path / "in", UNIFORM if kind == "uniform" else POLICIES[0.3])
     text, options = lines_of(SAMPLE, tmp_path / "text.txt", 12), ""
     if kind == "self-contained":
         to_hf(open_source(checkpoint), tmp_path / "out", self_contained=True)
@@ -86,7 +86,7 @@ def test_stock_command(kind, tmp_path):
 
 @pytest.mark.reference
 def test_on_the_wikitext_test_set(reference, tmp_path):
-    checkpoint = prune_to(tmp_path / "in", POLICIES[0.3], sequences=12)
+    checkpoint = prune_to(tmp_path / "in", POLICIES[0.3])
     text = lines_of(reference / "text" / "wiki.test.raw", tmp_path / "text.txt", 60)
     measured = bits_per_byte(checkpoint, text, tmp_path / "eval")
     assert measured == pytest.approx(expected(checkpoint, text), rel=1e-4)

@@ -15,14 +15,15 @@ import pytest
 import torch
 import vllm_stand_in
 from cli_cases import answer, refusal
-from export_cases import sample_ids, transformers_logits, write_random
+from export_cases import even, sample_ids, transformers_logits, uneven, write_random
 from transformers import AutoConfig
 
 from ppf.checkpoint import load
 from ppf.deliver.export import open_source, to_vllm
 from ppf.deliver.export.vllm import tensor_parallel_problem
-from ppf.deliver.export.vllm_plugin import ServedConfig
-from ppf.model import PPFLlamaConfig
+from ppf.deliver.export.vllm_plugin import SERVED, ServedConfig
+from ppf.errors import InputError
+from ppf.model.classes import classes_of
 from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,7 @@ SERVABLE = Policy([3, 1, 2, 1], [64, 0, 32, 16])
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """vLLM's stand-ins with our plugin registered, as its entry point says; ``ppf_llama`` is ours again afterwards."""
+    """vLLM's stand-ins with our plugin registered, as its entry point says; our results are ours again afterwards."""
     vllm_stand_in.install(monkeypatch)
     monkeypatch.delitem(sys.modules, "ppf.deliver.export.vllm_model", raising=False)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
@@ -40,27 +41,41 @@ def vllm(monkeypatch):
         for _ in range(2):  # vLLM may load plugins several times in a process
             EntryPoint(name, value, "vllm.general_plugins").load()()
     yield vllm_stand_in.ModelRegistry
-    AutoConfig.register("ppf_llama", PPFLlamaConfig, exist_ok=True)
+    ours()
     sys.modules.pop("ppf.deliver.export.vllm_model", None)
+
+
+def ours() -> None:
+    """Give transformers back the configurations that the plugin replaces in vLLM's processes."""
+    for config in SERVED:
+        AutoConfig.register(config.model_type, classes_of(config.model_type)["Config"], exist_ok=True)
 
 
 def served(folder: Path, registry) -> torch.nn.Module:
     """What vLLM does with a folder: configuration, class by its lazy name, weights."""
-    module, name = registry.models["PPFLlamaForCausalLM"].split(":")
-    model = getattr(importlib.import_module(module), name)(
-        vllm_config=vllm_stand_in.vllm_config(AutoConfig.from_pretrained(folder))
-    )
+    config = AutoConfig.from_pretrained(folder)
+    module, name = registry.models[config.architectures[0]].split(":")
+    model = getattr(importlib.import_module(module), name)(vllm_config=vllm_stand_in.vllm_config(config))
     stored = open_source(folder).stored
     model.load_weights((name, load(folder).state_dict()[name]) for name in stored)
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_served_model_computes_the_same_logits(vllm, tied, tmp_path):
-    folder = write_random(tmp_path / "in", POLICY, num_hidden_layers=6, tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"layer_types": ["full_attention"] * 6}),
+    ],
+)
+def test_served_model_computes_the_same_logits(vllm, family, changes, tmp_path):
+    folder = write_random(tmp_path / "in", POLICY, family=family, num_hidden_layers=6, **changes)
     assert "ppf.deliver.export.vllm_model" not in sys.modules
     model, ids = served(folder, vllm), torch.tensor(sample_ids(folder, 24))
-    AutoConfig.register("ppf_llama", PPFLlamaConfig, exist_ok=True)
+    ours()
     expected = transformers_logits(folder, ids.tolist())
     with torch.no_grad():
         torch.testing.assert_close(model(ids, torch.arange(24)), expected, rtol=1e-4, atol=1e-4)
@@ -68,6 +83,30 @@ def test_served_model_computes_the_same_logits(vllm, tied, tmp_path):
         rows = model.model.layers[0].self_attn.qkv_proj.weight.data
         rows[48:56], rows[56:64] = rows[56:64].clone(), rows[48:56].clone()
         assert (model(ids, torch.arange(24)) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("gemma3_text", {}, "of ppf_llama, ppf_mistral, ppf_qwen2 only"),
+        ("granite", {}, "of ppf_llama, ppf_mistral, ppf_qwen2 only"),
+        ("mistral", {}, "window"),
+        ("llama", {"hidden_act": "gelu"}, "activation"),
+    ],
+)
+def test_layers_that_the_plugin_does_not_serve_are_refused(family, changes, problem, tmp_path):
+    source = open_source(write_random(tmp_path / "in", uneven(family), family=family, **changes))
+    with pytest.raises(InputError, match=problem):
+        to_vllm(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "phi3"])
+def test_uniform_results_are_vllms_own_models(family, tmp_path):
+    source = write_random(tmp_path / "in", even(family), family=family)
+    assert to_vllm(open_source(source), tmp_path / "out")["tensor_parallel_sizes"] == [1, 2, 4]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["model_type"] == family and "auto_map" not in written
 
 
 def test_configuration_answers_what_vllm_reads(vllm, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import quick_learning, track_grams, write_checkpoint, write_text
+from factories import byte_tokenizer, config_of, llama, quick_learning, track_grams, write_checkpoint, write_text
 from safetensors.torch import load_file, save_file
 
 import ppf
@@ -18,6 +18,9 @@ from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run, Settings
 from ppf.fitting.run.directory import MANIFEST, ROUNDS
+from ppf.fitting.session import Session
+from ppf.model.build import policy_of, pruned_config
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)  # as tiny_run
@@ -233,14 +236,48 @@ def test_half_precision_multi_head_tied_models(tmp_path, dtype):
     write_text(tmp_path / "text.txt")
     settings = replace(SETTINGS, evaluations=24, ranking="flap-wifv", ffn_multiple=16)
     run = fit(tmp_path, tmp_path / "run", settings=settings)
-    policy, ids = run.policy(0.35).policy, run.sequences()
-    model = run.materialize(policy)
+    policy, ids, session = run.policy(0.35).policy, run.sequences(), Session(run)
+    model = session.materialize(policy)
     assert model.dtype == dtype and model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
         measured = float(model.float()(ids, labels=ids).loss)
     # 0.5 % in perplexity, computed in fp32 from the same weights.
-    assert measured == pytest.approx(run.evaluator(dtype=torch.float32).log_perplexity(policy), abs=0.005)
-    assert measured == pytest.approx(run.evaluator().log_perplexity(policy), abs=0.03)
+    assert measured == pytest.approx(session.evaluator(dtype=torch.float32).log_perplexity(policy), abs=0.005)
+    assert measured == pytest.approx(session.evaluator().log_perplexity(policy), abs=0.03)
+
+
+IRREGULAR = Policy([3, 0, 2, 1], [64, 16, 0, 48])
+SOURCES = {
+    "gemma2": lambda: config_of("gemma2"),
+    "phi3": lambda: config_of("phi3"),
+    "olmo2": lambda: config_of("olmo2"),
+    "half of a Qwen2": lambda: pruned_config(config_of("qwen2"), IRREGULAR),
+}
+
+
+@pytest.mark.filterwarnings("ignore:ppf. evaluation runs transformers' own layers")
+@pytest.mark.parametrize("name", SOURCES)
+def test_other_families_and_sources_whose_layers_differ(name, tmp_path):
+    """From the checkpoint to a result: measured, materialised, and ratios that count from the source."""
+    config = SOURCES[name]()
+    llama(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    run = fit(tmp_path, tmp_path / "run", settings=replace(SETTINGS, evaluations=24))
+    assert run.grid.dense() == policy_of(config) and run.grid.ratio(run.grid.dense()) == 0
+    begins, sequences = name == "gemma2", run.sequences()
+    assert bool((sequences[:, 0] == 256).all()) is begins and not (sequences[:, 1:] == 256).any()
+    session, answer = Session(run), run.policy(0.3)
+    assert answer.delivered_ratio == pytest.approx(0.3, abs=0.05)
+    for kept, there in zip(answer.policy.attention + answer.policy.ffn, run.grid.maximum, strict=True):
+        assert there or not kept
+    model, evaluator = session.materialize(answer.policy), session.evaluator()
+    with torch.no_grad():
+        assert float(model(sequences, labels=sequences).loss) == pytest.approx(
+            evaluator.log_perplexity(answer.policy), rel=1e-5
+        )
+    row = run.experience.rows()[7]
+    assert evaluator.log_perplexity(row.policy) == pytest.approx(row.log_perplexity, rel=1e-6)
 
 
 def test_the_manifest_says_what_was_fitted(tiny_run):
@@ -252,14 +289,15 @@ def test_the_manifest_says_what_was_fitted(tiny_run):
 @pytest.mark.gpu
 def test_the_same_fit_on_cuda(tiny_run, tmp_path):
     run, reference = fit(tiny_run, tmp_path / "run", device="cuda"), Run(tiny_run / "run")
-    assert run.device.type == "cuda" and run.manifest["device"] != "cpu"
-    on_cpu, on_gpu = reference.evaluator(), run.evaluator()
+    assert run.manifest["device"] != "cpu"
+    session = Session(run, "cuda")
+    on_cpu, on_gpu = Session(reference).evaluator(), session.evaluator()
     initial = [row for row in run.experience.rows() if row.round == 0]
     assert [row.policy for row in initial] == [row.policy for row in reference.experience.rows() if row.round == 0]
     for row in initial[::6]:
         assert on_gpu.log_perplexity(row.policy) == pytest.approx(on_cpu.log_perplexity(row.policy), rel=1e-3)
     policy = run.policy(0.4).policy
-    model, ids = run.materialize(policy), run.sequences().cuda()
+    model, ids = session.materialize(policy), run.sequences().cuda()
     assert model.device.type == "cuda"
     with torch.no_grad():
         assert float(model(ids, labels=ids).loss) == pytest.approx(on_gpu.log_perplexity(policy), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -98,6 +99,7 @@ def test_absurd_widths_are_bounded_by_the_headers(field, policy, value, tmp_path
         ([1, 2], "per_layer_config"),
         ({"0": 5}, "per_layer_config"),
         ({}, "checkpoint"),
+        (None, "checkpoint"),
     ],
 )
 def test_absurd_widths_of_a_layer(layers, named, tmp_path):
@@ -118,7 +120,6 @@ def test_absurd_widths_of_a_layer(layers, named, tmp_path):
         ("rope_parameters", {"rope_type": "yarn"}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
         ("rope_parameters", {"rope_type": "nothing"}),
-        ("kv_sharing_modes", ["reuse"]),
         ("dtype", "sdpa"),
         ("sliding_window", "wide"),
         ("layer_types", ["full_attention"]),
@@ -224,7 +225,7 @@ def mutated(draw: random.Random, data: dict) -> dict:
         if draw.random() < 0.1:
             place.pop(name, None)
         else:
-            place[name] = draw.choice(_VALUES)
+            place[name] = copy.deepcopy(draw.choice(_VALUES))
     return data
 
 
@@ -235,7 +236,7 @@ def test_mutated_configurations_are_refused_or_work(model_type, policy, tmp_path
     honest = json.loads((tmp_path / "config.json").read_text())
     check_checkpoint(tmp_path)
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed in range(60):
+    for seed in range(40):
         changed = mutated(random.Random(seed), honest)
         (tmp_path / "config.json").write_text(json.dumps(changed))
         start = time.process_time()
@@ -251,5 +252,5 @@ def test_mutated_configurations_are_refused_or_work(model_type, policy, tmp_path
                 load(tmp_path)(torch.randint(3, 60, (1, 10)))
             continue
         assert time.process_time() - start < 1, seed
-    assert 15 < refused < 60
+    assert 10 < refused < 40
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB

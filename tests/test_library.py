@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from factories import dense_weights, random_ranking, tokens
+from factories import config_of, dense_weights, llama, random_ranking, tokens
 from safetensors.torch import load_file
+from structures import llama_structure
 
 from ppf.errors import PPFError
-from ppf.fitting.calibration import LayerStatistics, Statistics, calibrate
+from ppf.families import KINDS
+from ppf.fast.permute import permuted
+from ppf.fitting.calibration import Statistics, calibrate
 from ppf.fitting.library import (
     DAMPING,
     Library,
@@ -16,10 +19,12 @@ from ppf.fitting.library import (
     refit,
     refit_layer,
     save_refits,
+    widths_of,
 )
+from ppf.model.build import pruned_config
+from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
-from ppf.model.structure import Structure
-from ppf.model.weights import permute_layer
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, TOKENS, HIDDEN = 24, 300, 10
@@ -37,6 +42,10 @@ def problem():
     x = draw(TOKENS, 6) @ draw(6, N) + 0.5 * draw(TOKENS, N) + 0.3
     order = torch.randperm(N, generator=generator)
     return draw(HIDDEN, N), x, order
+
+
+def outputs_of(decoder: Decoder, index: int) -> dict[str, torch.Tensor]:
+    return decoder.names(index).outputs(decoder.layers[index])
 
 
 def every(found) -> list[torch.Tensor]:
@@ -133,26 +142,73 @@ def test_grams_that_are_not_finite_are_refused(problem, value, place):
         refit(weight, statistics, order, WIDTHS)
 
 
-@pytest.mark.parametrize("heads", ["mha", "gqa"])
-def test_layers_are_refitted_on_their_grid(heads, tmp_path):
-    _, weights = dense_weights(heads)
-    grid = Grid(weights.structure, 16)
-    ranking = random_ranking(weights.structure)[1]
-    layer = permute_layer(weights.layers[1], ranking, weights.structure)
-    statistics: LayerStatistics = list(calibrate(weights, tokens(8, 40)))[1]
-    attention, ffn = refit_layer(layer, statistics, ranking, grid)
-    size = weights.structure.group_rows
-    assert [w.shape[1] for w in every(attention)] == [size * level for level in range(weights.structure.kv_groups + 1)]
-    assert [w.shape[1] for w in every(ffn)] == [0, 16, 32, 48, 64]
-    assert (attention.error.diff() < 0).all() and (ffn.error.diff() < 0).all()
-    save_refits(tmp_path / "layer.safetensors", attention, ffn)
-    for old, new in zip(
-        (attention, ffn), load_refits(load_file(tmp_path / "layer.safetensors"), layer, grid), strict=True
-    ):
-        assert torch.equal(old.error, new.error)
-        assert all(torch.equal(a, b) for a, b in zip(every(old), every(new), strict=True))
-    library = Library([attention, ffn]).to(torch.bfloat16)
-    assert torch.equal(library.weight(1, 2), ffn.weight(2).bfloat16()) and library.error(0) is attention.error
+@pytest.mark.parametrize(("family", "heads"), [("llama", "mha"), ("llama", "gqa"), ("phi3", "gqa"), ("olmo2", "gqa")])
+def test_layers_are_refitted_on_their_grid(family, heads, tmp_path):
+    _, decoder = dense_weights(heads, family)
+    grid, ranking = Grid(decoder.structure, 16), random_ranking(decoder.structure)
+    outputs = outputs_of(permuted(decoder, ranking), 1)
+    refits = refit_layer(outputs, list(calibrate(decoder, tokens(8, 40)))[1], ranking[1], grid, 1)
+    attention = decoder.structure.attention[1]
+    levels = range(0, attention.units + 1, attention.step)
+    assert [w.shape[1] for w in every(refits["attention"])] == [attention.columns * units for units in levels]
+    assert [w.shape[1] for w in every(refits["ffn"])] == [0, 16, 32, 48, 64]
+    for kind, found in refits.items():
+        assert (found.error.diff() < 0).all() and torch.equal(
+            found.weight(grid.maximum[4 * KINDS.index(kind)]), outputs[kind]
+        )
+    save_refits(tmp_path / "layer.safetensors", refits)
+    again = load_refits(load_file(tmp_path / "layer.safetensors"), outputs, grid, 1)
+    assert list(again) == list(refits) == list(KINDS)
+    for kind in KINDS:
+        assert torch.equal(refits[kind].error, again[kind].error)
+        assert all(torch.equal(a, b) for a, b in zip(every(refits[kind]), every(again[kind]), strict=True))
+    library = Library([refits["attention"], refits["ffn"]]).to(torch.bfloat16)
+    assert torch.equal(library.weight(1, 2), refits["ffn"].weight(2).bfloat16())
+    assert library.error(0) is refits["attention"].error
+
+
+def test_refits_reproduce_the_dense_output_best():
+    """What a refitted output projection gives is nearer to what the dense one does than the dense one cut."""
+    _, decoder = dense_weights("gqa", "qwen3")
+    grid, ranking = Grid(decoder.structure, 16), random_ranking(decoder.structure)
+    statistics = list(calibrate(decoder, tokens(8, 40)))[2]
+    ranked = permuted(decoder, ranking)
+    for kind, found in refit_layer(outputs_of(ranked, 2), statistics, ranking[2], grid, 2).items():
+        order = ranking[2].of(kind)
+        columns = decoder.structure.of(kind)[2].columns
+        channels = (order[:, None] * columns + torch.arange(columns)).flatten()
+        gram = statistics.of(kind).gram[channels][:, channels].double()
+        dense = ranked.output(2, kind).double()
+
+        def off(weight, gram=gram, dense=dense):
+            gap = torch.nn.functional.pad(weight.double(), (0, dense.shape[1] - weight.shape[1])) - dense
+            return float(((gap @ gram) * gap).sum())
+
+        for level in range(1, len(found.widths) - 1):
+            width = found.widths[level]
+            assert off(found.weight(level)) < 0.98 * off(dense[:, :width])
+
+
+def test_sublayers_that_the_model_lacks_have_no_refits(tmp_path):
+    """Only what is there is refitted, stored and loaded; levels count from the source's own widths."""
+    policy = Policy([3, 0, 2, 0], [64, 16, 0, 0])
+    decoder = Decoder.of_model(llama(pruned_config(config_of("qwen2"), policy)))
+    grid, ranking, layers = Grid(decoder.structure, 16), random_ranking(decoder.structure), []
+    ranked = permuted(decoder, ranking)
+    for index, statistics in enumerate(calibrate(decoder, tokens(8, 40))):
+        found = refit_layer(outputs_of(ranked, index), statistics, ranking[index], grid, index)
+        assert set(found) == {kind for kind in KINDS if policy[kind][index]}
+        save_refits(tmp_path / f"{index}", found)
+        again = load_refits(load_file(tmp_path / f"{index}"), outputs_of(ranked, index), grid, index)
+        assert set(again) == set(found)
+        layers.append(again)
+    library = Library.of_layers(layers)
+    assert [len(library.error(s)) for s in range(8)] == [level + 1 for level in grid.maximum]
+    assert library.error(1).tolist() == library.error(6).tolist() == [0.0]
+    assert library.weight(2, 1).shape == (48, 16) and library.weight(5, 1).shape == (48, 16)
+    assert widths_of(grid, "attention", 2) == [0, 16, 32] and widths_of(grid, "ffn", 2) == [0]
+    written = sum(t.nbytes for i in range(4) for n, t in load_file(tmp_path / f"{i}").items() if "error" not in n)
+    assert library_bytes(grid) == written
 
 
 def test_default_damping_hardly_costs_anything(problem):
@@ -163,16 +219,15 @@ def test_default_damping_hardly_costs_anything(problem):
 
 @pytest.fixture
 def layer_refits():
-    """Refits of o and down of one layer on a grid of four and five levels, with the layer and the grid."""
-    _, weights = dense_weights("gqa")
-    grid = Grid(weights.structure, 16)
-    ranking = random_ranking(weights.structure)[1]
-    layer = permute_layer(weights.layers[1], ranking, weights.structure)
-    return refit_layer(layer, list(calibrate(weights, tokens(8, 40)))[1], ranking, grid), layer, grid
+    """Refits of o and down of one layer on a grid of four and five levels, with its output projections and the grid."""
+    _, decoder = dense_weights("gqa")
+    grid, ranking = Grid(decoder.structure, 16), random_ranking(decoder.structure)
+    outputs = outputs_of(permuted(decoder, ranking), 1)
+    return refit_layer(outputs, list(calibrate(decoder, tokens(8, 40)))[1], ranking[1], grid, 1), outputs, grid
 
 
 def test_library_keeps_what_fits_and_solves_the_rest_again(layer_refits):
-    refits, *_ = layer_refits
+    refits = list(layer_refits[0].values())
     roomy, tight = Library(refits), Library(refits, cache_bytes=refits[1].weight(2).nbytes)
     assert roomy.weight(1, 2) is roomy.weight(1, 2)
     first = tight.weight(1, 2)
@@ -184,7 +239,7 @@ def test_library_keeps_what_fits_and_solves_the_rest_again(layer_refits):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_solutions_are_the_same_together_and_alone(layer_refits, dtype):
     """Bit for bit, or a checkpoint would not be what was evaluated."""
-    refits, *_ = layer_refits
+    refits = list(layer_refits[0].values())
     roomy, tight = Library(refits, dtype), Library(refits, dtype, cache_bytes=1)
     for sublayer, refitted in enumerate(refits):
         stacked = roomy.levels(sublayer)
@@ -197,18 +252,24 @@ def test_solutions_are_the_same_together_and_alone(layer_refits, dtype):
 
 
 def test_factors_may_stay_in_their_file(tmp_path, layer_refits):
-    refits, layer, grid = layer_refits
-    save_refits(tmp_path / "layer.safetensors", *refits)
+    refits, outputs, grid = layer_refits
+    save_refits(tmp_path / "layer.safetensors", refits)
     tensors = load_file(tmp_path / "layer.safetensors")
-    mapped = load_refits(tensors, layer, grid, on_device=False)
-    assert mapped[1].half.data_ptr() == tensors["ffn.half"].data_ptr()
-    assert all(
-        torch.equal(a, b) for x, y in zip(refits, mapped, strict=True) for a, b in zip(every(x), every(y), strict=True)
-    )
+    mapped = load_refits(tensors, outputs, grid, 1, on_device=False)
+    assert mapped["ffn"].half.data_ptr() == tensors["ffn.half"].data_ptr()
+    for kind in KINDS:
+        assert all(torch.equal(a, b) for a, b in zip(every(refits[kind]), every(mapped[kind]), strict=True))
+
+
+def test_a_factor_that_is_not_there_is_named(tmp_path, layer_refits):
+    refits, outputs, grid = layer_refits
+    save_refits(tmp_path / "layer.safetensors", {"ffn": refits["ffn"]})
+    with pytest.raises(KeyError, match="attention.half"):
+        load_refits(load_file(tmp_path / "layer.safetensors"), outputs, grid, 1)
 
 
 def test_factors_go_to_the_gpu_only_with_room_for_their_solutions(monkeypatch):
-    grid = Grid(Structure(layers=32, hidden=4096, kv_groups=32, heads_per_group=1, head_dim=128, channels=11008), 688)
+    grid = Grid(llama_structure(32, 4096, 32, 1, 128, 11008), 688)
     sizes = [(11008, range(0, 11009, 688)), (4096, range(0, 4097, 128))]
     factors = 32 * sum(4 * n * (n + 4096) for n, _ in sizes)
     solutions = 32 * sum(2 * 4096 * sum(widths) for _, widths in sizes)
@@ -221,6 +282,6 @@ def test_factors_go_to_the_gpu_only_with_room_for_their_solutions(monkeypatch):
 
 def test_library_bytes_are_those_on_disk(tmp_path, layer_refits):
     refits, _, grid = layer_refits
-    save_refits(tmp_path / "layer", *refits)
+    save_refits(tmp_path / "layer", refits)
     written = sum(tensor.nbytes for name, tensor in load_file(tmp_path / "layer").items() if "error" not in name)
     assert library_bytes(grid) == grid.structure.layers * written

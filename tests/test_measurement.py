@@ -8,6 +8,7 @@ from factories import dense_weights, random_ranking, tokens
 
 from ppf.choose.candidates.sampling import random_levels
 from ppf.errors import PPFError
+from ppf.fast.permute import permuted
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.evaluation.measurement import measure, measure_many
 from ppf.fitting.experience import Experience
@@ -30,8 +31,8 @@ class Counting(Evaluator):
 
 @pytest.fixture
 def evaluator() -> Counting:
-    _, weights = dense_weights()
-    return Counting(weights.permuted(random_ranking(weights.structure)), Grid(weights.structure, 8), tokens(2, 12))
+    _, decoder = dense_weights()
+    return Counting(permuted(decoder, random_ranking(decoder.structure)), Grid(decoder.structure, 8), tokens(2, 12))
 
 
 @pytest.fixture

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import dense_weights, tokens
+from factories import config_of, dense_weights, llama, tokens
 
 from ppf.errors import InputError, PPFError
+from ppf.families import families
 from ppf.fitting.calibration import Statistics, calibrate
 from ppf.fitting.ranking import RANKINGS, rank_layer, ranking_named
 from ppf.fitting.ranking.obs import removal_scores
 from ppf.fitting.ranking.scores import Scored
+from ppf.model.build import pruned_config
+from ppf.model.decoder import Decoder
+from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,42 +84,84 @@ def test_scores_equal_the_formula_written_out(name):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", RANKINGS)
-@pytest.mark.parametrize("heads", ["mha", "gqa"])
-def test_layers_are_ranked_by_the_sums_over_their_units(name, heads):
-    _, weights = dense_weights(heads)
-    s, layer = weights.structure, weights.layers[1]
-    statistics = list(calibrate(weights, tokens(5, 30)))[1]
-    ranking = rank_layer(name, layer, statistics, s)
-    scored = Scored(layer.down, statistics.ffn, (layer.gate, layer.up))
-    scores = ranking_named(name)(scored)[ranking.ffn]
-    assert (scores[1:] <= scores[:-1]).all()
+def naive_layer(name: str, decoder: Decoder, index: int, statistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of a layer's kv-groups and of its channels, from the projections that transformers' modules hold."""
+    layer = llama_like(decoder, index)
+    s = decoder.structure
+    ffn = ranking_named(name)(Scored(layer["down"], statistics.ffn, (layer["gate"], layer["up"])))
     # Query head h reads the values of kv-group h // g.
-    rows = torch.cat([layer.v[h // s.heads_per_group * s.head_dim :][: s.head_dim] for h in range(6)])
-    channel = ranking_named(name)(Scored(layer.o, statistics.attention, (rows,), s.group_rows))
-    groups = torch.stack([part.sum() for part in channel.split(s.group_rows)])
-    assert ranking.attention.tolist() == sorted(range(s.kv_groups), key=lambda g: -float(groups[g]))
-    assert sorted(ranking.ffn.tolist()) == list(range(s.channels))
+    columns = s.attention[index].columns
+    heads = columns // s.head_dim
+    rows = torch.cat(
+        [layer["v"][h // heads * s.head_dim :][: s.head_dim] for h in range(s.attention[index].units * heads)]
+    )
+    channel = ranking_named(name)(Scored(layer["o"], statistics.attention, (rows,), columns))
+    return torch.stack([part.sum() for part in channel.split(columns)]), ffn
+
+
+def llama_like(decoder: Decoder, index: int) -> dict[str, torch.Tensor]:
+    """A layer's projections by their names in Llama; Phi-3's are cut out of its fused ones."""
+    layer, s = decoder.layers[index], decoder.structure
+    if decoder.family.model_type != "phi3":
+        found = {n: layer[f"self_attn.{n}_proj.weight"] for n in ("v", "o")}
+        return found | {n: layer[f"mlp.{n}_proj.weight"] for n in ("gate", "up", "down")}
+    values = layer["self_attn.qkv_proj.weight"][-s.attention[index].units * s.head_dim :]
+    gate, up = layer["mlp.gate_up_proj.weight"].chunk(2)
+    down, o = layer["mlp.down_proj.weight"], layer["self_attn.o_proj.weight"]
+    return {"v": values, "o": o, "gate": gate, "up": up, "down": down}
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+@pytest.mark.parametrize(("family", "heads"), [("llama", "mha"), ("llama", "gqa"), ("phi3", "gqa"), ("qwen2", "gqa")])
+def test_layers_are_ranked_by_the_sums_over_their_units(name, family, heads):
+    _, decoder = dense_weights(heads, family)
+    statistics = list(calibrate(decoder, tokens(5, 30)))[1]
+    ranking = rank_layer(name, decoder, 1, statistics)
+    groups, channels = naive_layer(name, decoder, 1, statistics)
+    scores = channels[ranking.ffn]
+    assert (scores[1:] <= scores[:-1]).all()
+    assert ranking.attention.tolist() == sorted(range(len(groups)), key=lambda g: -float(groups[g]))
+    assert sorted(ranking.ffn.tolist()) == list(range(64))
     assert ranking.ffn.dtype == ranking.attention.dtype == torch.int64
 
 
+@pytest.mark.parametrize("family", [f.model_type for f in families()])
+def test_every_family_is_ranked(family):
+    """Every unit once; where attention goes as a whole it stays in place, as norms over all heads ask."""
+    _, decoder = dense_weights(family=family)
+    for index, statistics in enumerate(calibrate(decoder, tokens(2, 24))):
+        ranking = rank_layer("wanda-sp", decoder, index, statistics)
+        assert sorted(ranking.ffn.tolist()) == list(range(64)) != ranking.ffn.tolist()
+        assert sorted(ranking.attention.tolist()) == [0, 1, 2]
+        assert not decoder.family.attention.whole or ranking.attention.tolist() == [0, 1, 2]
+
+
+def test_layers_of_a_source_may_differ():
+    """As many units as the layer has; none of what is absent."""
+    policy = Policy([3, 0, 2, 1], [64, 16, 0, 40])
+    decoder = Decoder.of_model(llama(pruned_config(config_of("qwen3"), policy)))
+    for index, statistics in enumerate(calibrate(decoder, tokens(2, 24))):
+        ranking = rank_layer("obs", decoder, index, statistics)
+        assert sorted(ranking.attention.tolist()) == list(range(policy.attention[index]))
+        assert sorted(ranking.ffn.tolist()) == list(range(policy.ffn[index]))
+        assert ranking.attention.dtype == ranking.ffn.dtype == torch.int64
+
+
 def test_ties_go_to_the_lower_index():
-    _, weights = dense_weights()
-    layer = weights.layers[0]
-    down = torch.ones_like(layer.down)
+    _, decoder = dense_weights()
+    down = torch.ones_like(decoder.output(0, "ffn"))
     down[:, 40] = 2
-    statistics = list(calibrate(weights, tokens()))[0]
-    ranking = rank_layer(
-        "magnitude", replace(layer, down=down, o=torch.ones_like(layer.o)), statistics, weights.structure
-    )
+    equal = {"mlp.down_proj.weight": down, "self_attn.o_proj.weight": torch.ones_like(decoder.output(0, "attention"))}
+    decoder = replace(decoder, layers=(dict(decoder.layers[0]) | equal, *decoder.layers[1:]))
+    ranking = rank_layer("magnitude", decoder, 0, next(calibrate(decoder, tokens())))
     assert ranking.ffn.tolist() == [40, *range(40), *range(41, 64)]
     assert ranking.attention.tolist() == [0, 1, 2]
 
 
 def test_rankings_disagree():
-    _, weights = dense_weights()
-    statistics = list(calibrate(weights, tokens()))[2]
-    orders = {tuple(rank_layer(n, weights.layers[2], statistics, weights.structure).ffn.tolist()) for n in RANKINGS}
+    _, decoder = dense_weights()
+    statistics = list(calibrate(decoder, tokens()))[2]
+    orders = {tuple(rank_layer(n, decoder, 2, statistics).ffn.tolist()) for n in RANKINGS}
     assert len(orders) == len(RANKINGS)
 
 
@@ -145,3 +191,11 @@ def test_obs_in_rounds_keeps_the_units_of_each_round_together():
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="magnitude, wanda-sp, flap-wifv, maw"):
         ranking_named("wanda")
+
+
+def test_units_that_only_go_together_stay_where_they_are():
+    """OLMo 2's norm over all heads has a weight for every place: heads that change places would be another model."""
+    _, decoder = dense_weights(family="olmo2")
+    for index, statistics in enumerate(calibrate(decoder, tokens(4, 24))):
+        ranking = rank_layer("wanda-sp", decoder, index, statistics)
+        assert ranking.attention.tolist() == [0, 1, 2] and ranking.ffn.tolist() != list(range(64))

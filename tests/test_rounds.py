@@ -7,6 +7,7 @@ import torch
 from factories import dense_weights, quick_learning, random_ranking, tokens
 
 from ppf.choose.predictor import Prediction
+from ppf.fast.permute import permuted
 from ppf.fitting.collection import collect, schedule
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
@@ -40,8 +41,8 @@ def test_kept_on_disk_in_order(tmp_path):
 @pytest.fixture
 def evaluator(monkeypatch) -> Evaluator:
     quick_learning(monkeypatch)
-    _, weights = dense_weights()
-    return Evaluator(weights.permuted(random_ranking(weights.structure)), Grid(weights.structure, 8), tokens(2, 12))
+    _, decoder = dense_weights()
+    return Evaluator(permuted(decoder, random_ranking(decoder.structure)), Grid(decoder.structure, 8), tokens(2, 12))
 
 
 def test_a_round_without_its_entry_is_learnt_again_and_measures_nothing(tmp_path, evaluator):

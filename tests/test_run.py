@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import ppf
 from ppf.errors import InputError
+from ppf.fitting.calibration import calibrate
+from ppf.fitting.ranking import rank_layer
 from ppf.fitting.run import Run
 from ppf.fitting.run.directory import MANIFEST, layer_file
+from ppf.fitting.session import Session
 from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,6 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def run(tiny_run) -> Run:
     return Run(tiny_run / "run")
+
+
+@pytest.fixture
+def session(run) -> Session:
+    return Session(run)
 
 
 @pytest.fixture
@@ -60,8 +68,9 @@ def test_answers_need_no_weights(tiny_run, copied):
     rewrite(copied, model=str(copied / "nowhere"))
     run = Run(copied)
     assert run.policy(0.3).policy == Run(tiny_run / "run").policy(0.3).policy
+    assert run.ranking and run.predict(run.grid.dense()) and run.sequences().numel()
     with pytest.raises(InputError):
-        run.materialize(run.grid.dense())
+        Session(run).materialize(run.grid.dense())
 
 
 def test_nothing_is_answered_before_completion(copied):
@@ -73,39 +82,59 @@ def test_nothing_is_answered_before_completion(copied):
         assert caught.value.field == "run"
 
 
-def test_evaluation_repeats_what_the_experience_holds(run):
-    evaluator = run.evaluator()
+def test_evaluation_repeats_what_the_experience_holds(run, session):
+    evaluator = session.evaluator()
     for row in run.experience.rows()[::9]:
         assert evaluator.log_perplexity(row.policy) == pytest.approx(row.log_perplexity, rel=1e-6)
         assert run.grid.ratio(row.policy) == row.ratio
     assert run.experience.rows()[0].policy == run.grid.dense()
 
 
-def test_evaluators_of_other_texts_and_without_refit(run):
+def test_evaluators_of_other_texts_and_without_refit(run, session):
     policy = run.policy(0.4).policy
-    plain = run.evaluator().log_perplexity(policy)
-    assert run.evaluator(refit=False).log_perplexity(policy) != pytest.approx(plain, rel=1e-4)
+    plain = session.evaluator().log_perplexity(policy)
+    assert session.evaluator(refit=False).log_perplexity(policy) != pytest.approx(plain, rel=1e-4)
     other = run.sequences("calibration")[:4]
-    assert run.evaluator(sequences=other).tokens == other.numel() != run.evaluator().tokens
-    assert run.evaluator(dtype=torch.bfloat16).log_perplexity(policy) == pytest.approx(plain, rel=0.02)
+    assert session.evaluator(sequences=other).tokens == other.numel() != session.evaluator().tokens
+    assert session.evaluator(dtype=torch.bfloat16).log_perplexity(policy) == pytest.approx(plain, rel=0.02)
 
 
 @pytest.mark.parametrize("refit", [False, True])
-def test_materialised_saved_and_loaded_computes_what_was_evaluated(run, tmp_path, refit):
+def test_materialised_saved_and_loaded_computes_what_was_evaluated(run, session, tmp_path, refit):
     policy = run.policy(0.4).policy
-    model = run.materialize(policy, refit=refit)
+    model = session.materialize(policy, refit=refit)
     ppf.save(model, None, tmp_path / "out", {})
-    again, evaluator, ids = ppf.load(tmp_path / "out"), run.evaluator(refit=refit), run.sequences()
+    again, evaluator, ids = ppf.checkpoint.load(tmp_path / "out"), session.evaluator(refit=refit), run.sequences()
     with torch.no_grad():
         logits = again(ids).logits
         assert float(again(ids, labels=ids).loss) == pytest.approx(evaluator.log_perplexity(policy), rel=1e-5)
     expected = evaluator.logits(policy, ids)
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert again.config.eos_token_id == run.dense.config.eos_token_id
+    assert again.config.eos_token_id == session.decoder.config.eos_token_id == 257
 
 
-def test_a_policy_off_the_grid_is_refused(run):
-    for call in (run.predict, run.materialize, run.evaluator().log_perplexity):
+def test_results_generate_as_the_dense_model_was_set_to(tiny_run, copied, tmp_path):
+    """The dense model's generation settings go along, or none if it has none."""
+    model = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    rewrite(copied, model=str(model))
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"max_new_tokens": 17, "do_sample": True}))
+    run = Run(copied)
+    found = Session(run).materialize(run.policy(0.4).policy).generation_config
+    assert found.max_new_tokens == 17 and found.do_sample and found.eos_token_id == 257
+    (model / "generation_config.json").unlink()
+    assert Session(Run(copied)).materialize(run.policy(0.4).policy).generation_config.max_new_tokens is None
+
+
+def test_a_session_takes_weights_that_are_there_already(run, session):
+    again = Session(run, decoder=session.decoder)
+    assert again.decoder is session.decoder
+    policy = run.policy(0.4).policy
+    assert again.evaluator().log_perplexity(policy) == session.evaluator().log_perplexity(policy)
+
+
+def test_a_policy_off_the_grid_is_refused(run, session):
+    for call in (run.predict, session.materialize, session.evaluator().log_perplexity):
         with pytest.raises(InputError, match="off the grid"):
             call(Policy([3] * 4, [63] * 4))
 
@@ -113,11 +142,21 @@ def test_a_policy_off_the_grid_is_refused(run):
 def test_another_model_in_its_place_is_refused(tiny_run, copied, tmp_path):
     other = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
     rewrite(copied, model=str(other))
-    assert Run(copied).dense is not None  # moved, but the same
+    assert Session(Run(copied)).decoder.structure == Run(copied).structure  # moved, but the same
     llama(llama_config(), seed=1).save_pretrained(other)
     with pytest.raises(InputError, match="is not the model") as caught:
-        Run(copied).evaluator()
+        Session(Run(copied)).evaluator()
     assert caught.value.field == "model"
+
+
+def test_moments_and_ranking_are_those_of_the_calibration(run, session):
+    for index, statistics in enumerate(calibrate(session.decoder, run.sequences("calibration"))):
+        for kind in ("attention", "ffn"):
+            kept, whole = run.moments(index).of(kind), statistics.of(kind)
+            torch.testing.assert_close(kept.mean, whole.mean)
+            torch.testing.assert_close(kept.second_moment, whole.second_moment, rtol=1e-4, atol=1e-6)
+            expected = rank_layer(run.settings.ranking, session.decoder, index, statistics)
+            assert torch.equal(run.ranking[index].of(kind), expected.of(kind))
 
 
 # What reads each file.
@@ -125,8 +164,8 @@ READERS = {
     "agent.safetensors": lambda run: run.policy(0.3),
     "predictor.safetensors": lambda run: run.predict(run.grid.dense()),
     "texts.safetensors": lambda run: run.sequences(),
-    str(layer_file("statistics", 2)): lambda run: run.evaluator(),
-    str(layer_file("library", 3)): lambda run: run.evaluator(),
+    str(layer_file("statistics", 2)): lambda run: run.ranking,
+    str(layer_file("library", 3)): lambda run: Session(run).evaluator(),
 }
 
 
@@ -181,6 +220,14 @@ def test_manifests_without_a_field_are_refused(copied, field):
         (copied / MANIFEST).write_text(json.dumps(broken))
         with pytest.raises(InputError, match=MANIFEST):
             Run(copied)
+
+
+def test_runs_of_the_first_edition_are_refused(copied):
+    """Their structure was one for all layers."""
+    old = {"layers": 4, "hidden": 48, "kv_groups": 3, "heads_per_group": 2, "head_dim": 8, "channels": 64}
+    rewrite(copied, structure=old)
+    with pytest.raises(InputError, match=MANIFEST):
+        Run(copied)
 
 
 def test_what_is_no_run(tmp_path):

@@ -8,6 +8,7 @@ from cli_cases import answer, ppf, refusal
 from factories import TINY, llama, llama_config, model_of
 
 from ppf._version import versions
+from ppf.families import families
 from ppf.fast.runtime import benchmark
 from ppf.fast.runtime.benchmark import Ceilings
 from ppf.fast.runtime.plan import plan_of
@@ -47,6 +48,15 @@ def test_bytes_and_operations_of_a_model():
     layer = 48 * 48 * 2 + 2 * 24 * 48 + 3 * 64 * 48
     assert plan.read_bytes() == 4 * (4 * (layer + 2 * 48) + 48 + 258 * 48)
     assert benchmark.prefill_operations(plan, 2, 10) == 2 * (2 * 4 * layer * 10 + 4 * 2 * 6 * 8 * 100 + 2 * 258 * 48)
+
+
+@pytest.mark.parametrize("family", [f.model_type for f in families() if "joint head norm" not in f.traits])
+def test_bytes_of_every_family(family):
+    """A step reads all weights but the embedding, once each, in whatever matrices they lie. (A norm over all heads
+    together is in no view.)"""
+    model = model_of(family)
+    wanted = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    assert plan_of(model).read_bytes() == wanted
 
 
 def test_biases_head_norms_and_windows_of_a_model():

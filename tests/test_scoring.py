@@ -3,20 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import llama, llama_config, tokens
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from factories import llama, llama_config, model_of, tokens
+from transformers import CohereConfig, CohereForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from ppf.errors import InputError, PPFError
-from ppf.fast import forward
+from ppf.families import families
+from ppf.fast import losses
 from ppf.fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ppf.fitting.run import Run
+from ppf.fitting.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -43,15 +38,24 @@ def test_equals_the_definition(shape, tied):
     assert model_log_perplexity(model.float(), other) != pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize(("config", "kind"), [(MistralConfig, MistralForCausalLM), (GemmaConfig, GemmaForCausalLM)])
-def test_other_architectures(config, kind):
-    model, sequences = kind(config(**SMALL)).eval(), tokens()
+@pytest.mark.parametrize("family", [f.model_type for f in families()])
+def test_every_family(family):
+    """Capped and scaled logits among them."""
+    model, sequences = model_of(family), tokens(3, 24)
+    value = model_log_perplexity(model, sequences)
+    assert value == pytest.approx(exact(model, sequences), rel=1e-5)
+
+
+def test_an_architecture_that_is_no_family_of_ours():
+    model, sequences = GemmaForCausalLM(GemmaConfig(**SMALL)).eval(), tokens()
     assert model_log_perplexity(model, sequences) == pytest.approx(exact(model, sequences), rel=1e-5)
 
 
-def test_capped_logits_are_refused_not_misjudged():
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.05)).eval()
-    with pytest.raises(InputError, match="Gemma2ForCausalLM.*not its output embedding"):
+def test_logits_that_are_something_else_are_refused_not_misjudged():
+    small = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    model = CohereForCausalLM(CohereConfig(**small, logit_scale=0.05)).eval()
+    model.model.embed_tokens.weight.data *= 30  # so that logits are far from zero
+    with pytest.raises(InputError, match="CohereForCausalLM.*not its output embedding"):
         model_log_perplexity(model, tokens())
 
 
@@ -64,7 +68,7 @@ def test_blocks_do_not_change_the_value(monkeypatch):
             largest.append(x.shape[:-1].numel())
         return linear(x, weight, *rest)
 
-    monkeypatch.setitem(forward._LOGIT_BYTES, "cpu", 7 * 4 * 258)
+    monkeypatch.setitem(losses._LOGIT_BYTES, "cpu", 7 * 4 * 258)
     monkeypatch.setattr(F, "linear", watched)
     assert model_log_perplexity(model, sequences) == pytest.approx(whole, rel=1e-7)
     assert max(largest[2:]) == 7  # after the two of the probe of eight tokens
@@ -82,10 +86,11 @@ def test_every_batch_counts(monkeypatch):
 
 def test_masked_evaluation_and_materialised_model_agree(tiny_run):
     run = Run(tiny_run / "run")
-    evaluator = run.evaluator()
+    session = Session(run)
+    evaluator = session.evaluator()
     for ratio in (0.2, 0.5):
         policy = run.policy(ratio).policy
-        measured = model_log_perplexity(run.materialize(policy), run.sequences())
+        measured = model_log_perplexity(session.materialize(policy), run.sequences())
         assert measured == pytest.approx(evaluator.log_perplexity(policy), rel=1e-5)
         assert measured != pytest.approx(evaluator.log_perplexity(run.grid.dense()), rel=1e-5)
 

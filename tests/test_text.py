@@ -5,7 +5,8 @@ import torch
 from factories import byte_tokenizer, write_text
 
 from ppf.errors import InputError
-from ppf.text import BATCH_TOKENS, batches, pack, read_tokens, split, take_tokens
+from ppf.families import families, family_of
+from ppf.text import BATCH_TOKENS, batches, begin_token, pack, read_tokens, split, take_tokens
 
 
 def test_read_tokens_gives_the_bytes_of_the_text(tmp_path):
@@ -50,6 +51,41 @@ def test_pack_refuses():
         with pytest.raises(InputError) as caught:
             pack(torch.arange(9), length)
         assert caught.value.field == "sequence-length"
+
+
+def test_pack_puts_the_begin_token_in_front_of_every_sequence():
+    sequences = pack(torch.arange(100, 123), 5, begin=7)
+    assert sequences.dtype == torch.int64 and sequences.shape == (5, 5)
+    assert torch.equal(sequences[:, 0], torch.full((5,), 7))
+    assert torch.equal(sequences[:, 1:].flatten(), torch.arange(100, 120))
+    assert pack(torch.arange(4), 5, begin=0).tolist() == [[0, 0, 1, 2, 3]]
+    assert pack(torch.arange(3), 2, begin=9).tolist() == [[9, 0], [9, 1], [9, 2]]
+    with pytest.raises(InputError, match="3 tokens.*at least 4"):
+        pack(torch.arange(3), 5, begin=0)
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.model_type)
+def test_families_say_which_sequences_begin(family):
+    tokenizer = byte_tokenizer()
+    begin = begin_token(family, tokenizer)
+    assert begin == (256 if family.model_type in ("gemma2", "gemma3_text") else None)
+
+
+def test_a_family_that_needs_a_begin_token_refuses_tokenizers_without_one():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    assert begin_token(family_of("llama"), tokenizer) is None
+    with pytest.raises(InputError, match="no begin token.*gemma2"):
+        begin_token(family_of("gemma2"), tokenizer)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path):
+    path, tokenizer = write_text(tmp_path / "text.txt", words=50), byte_tokenizer()
+    highest = int(read_tokens(path, tokenizer).max())
+    assert len(read_tokens(path, tokenizer, highest + 1)) == path.stat().st_size
+    with pytest.raises(InputError, match=f"token {highest} .*ends at {highest - 1}") as caught:
+        read_tokens(path, tokenizer, highest)
+    assert caught.value.field == "text" and caught.value.value == path
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(None, 100), (1, 1), (80, 8), (89, 8), (1000, 100), (99999, 100)])

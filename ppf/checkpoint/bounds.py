@@ -73,7 +73,7 @@ def require_sizes(file: Path, data: Mapping[str, Any], family: Family, held: Hel
             _count(file, field, data[field])
     _require_whole_groups(file, data, family)
     if ours:
-        _require_layer_widths(file, data["per_layer_config"], held)
+        _require_layer_widths(file, data.get("per_layer_config"), held)
 
 
 def require_ids(file: Path, config: Any) -> None:
@@ -113,7 +113,8 @@ def _require_plain(file: Path, field: str, value: Any, depth: int) -> None:
 def _require_layers(file: Path, data: Mapping[str, Any], held: Held, ours: bool) -> None:
     layers = _count(file, "num_hidden_layers", data["num_hidden_layers"])
     # Layers of ours that have lost everything have no tensors, but an entry each.
-    without = len(data["per_layer_config"]) if ours and isinstance(data["per_layer_config"], dict) else 0
+    own = data.get("per_layer_config")
+    without = len(own) if ours and isinstance(own, dict) else 0
     if not held.layers <= layers <= held.layers + without:
         problem = f"contradicts the weights, which hold {held.layers} layers ({file})"
         raise InputError("num_hidden_layers", layers, problem, CORRECT)

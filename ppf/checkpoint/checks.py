@@ -11,9 +11,11 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..errors import InputError
+from ..families import KINDS
 from ..model.build import LAYERS, check_shapes, expected_tensors
 from ..model.frame import Frame
 from ..model.geometry import structure_of
+from ..model.reference import Reference
 from .blame import CORRECT, attempt, shown
 from .contents import Contents, make_config, read_contents
 from .headers import READ, REPORT, StoredTensor, existing_folder
@@ -70,16 +72,19 @@ def _require_tensors(folder: Path, expected: Mapping[str, torch.Size], stored: M
 def _try_out(contents: Contents, data: Mapping[str, Any]) -> tuple[dict[str, torch.Size], dict[str, torch.Tensor]]:
     """The shapes of the weights that the model of ``data`` needs, and what it computes itself: rotary frequencies.
 
-    What is around the layers runs here for two tokens, with weights of zero that take no memory: odd values that no
-    validator looks at fail now, and not after hours of work.
+    Two tokens go through what is around the layers and through a layer of one unit, with weights of zero that take no
+    memory to speak of: odd values that no validator looks at fail now, and not after hours of work.
     """
     config = make_config(type(contents.config), data)
     config.tie_word_embeddings = contents.config.tie_word_embeddings
-    expected = expected_tensors(config)
-    structure_of(contents.family, config)
-    outer = {name: torch.zeros(()).expand(shape) for name, shape in expected.items() if not name.startswith(LAYERS)}
-    frame = Frame(contents.family, config, outer)
     if len(DynamicCache(config=config).layers) != config.num_hidden_layers:
         raise ValueError("not every layer has its place in the cache")
-    frame.model.model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+    expected, structure = expected_tensors(config), structure_of(contents.family, config)
+    outer = {name: torch.zeros(()).expand(shape) for name, shape in expected.items() if not name.startswith(LAYERS)}
+    frame, tokens = Frame(contents.family, config, outer), torch.zeros(1, 2, dtype=torch.int64)
+    frame.model.model(input_ids=tokens, use_cache=True)
+    layer = Reference(contents.family, config, structure, frame.attention)
+    widths = {kind: min(structure.of(kind)[0].step, structure.of(kind)[0].units) for kind in KINDS}
+    weights = {name: torch.zeros(weight.shape) for name, weight in layer.module(0, widths).named_parameters()}
+    layer(0, widths, weights, frame.begin(tokens), frame.context(1, 2)[0])
     return expected, dict(frame.model.named_buffers())

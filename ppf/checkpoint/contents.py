@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from ..errors import InputError
@@ -23,6 +22,7 @@ from ..model.tower import PREFIX, wrapper_model
 from .blame import attempt, shown
 from .bounds import Held, require_ids, require_plain, require_rotation, require_sizes
 from .headers import StoredTensor, read_headers, read_json
+from .weights import read_tensors
 from .wrapper import Wrapper, wrapper_of
 
 # Computed from the configuration, but stored by older versions of transformers; it ignores them, wherever they lie.
@@ -151,8 +151,4 @@ def _settle_head(folder: Path, config: PreTrainedConfig, stored: dict[str, Store
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    tensors = []
-    for tensor in (one, other):
-        with safe_open(tensor.file, framework="pt") as reader:
-            tensors.append(reader.get_tensor(tensor.name))
-    return torch.equal(*tensors)
+    return torch.equal(*(tensor for _, tensor in read_tensors({"one": one, "other": other})))

@@ -70,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name. Raises ``InputError`` if the file is truncated or damaged."""
     try:
-        with safe_open(file, framework="pt") as reader:
+        with safe_open(file, framework="np") as reader:  # "pt" maps files only as far as they would fit into memory
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
             return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape()), name) for name, s in slices.items()}
     except SafetensorError as error:  # it checks lengths, offsets, shapes and types against each other

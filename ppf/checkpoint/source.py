@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -18,6 +17,7 @@ from ..model.build import LAYERS, TIED
 from ..model.decoder import Decoder
 from .checks import check_contents
 from .headers import StoredTensor, existing_folder
+from .weights import finite, read_tensors
 from .wrapper import Wrapper
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,33 +84,4 @@ class Checkpoint:
 
     def _read(self, names: Iterable[str], device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
         read = read_tensors({name: self.stored[name] for name in names}, device)
-        return {name: _finite(self.stored[name].file, name, tensor, dtype) for name, tensor in read}
-
-
-def read_tensors(
-    stored: Mapping[str, StoredTensor], device: str | torch.device = "cpu"
-) -> Iterable[tuple[str, Tensor]]:
-    """(name, tensor) of all of ``stored``, as they are on disk; one at a time. On the CPU they are the mapped file."""
-    names = defaultdict(list)
-    for name, tensor in stored.items():
-        names[tensor.file].append(name)
-    for file in sorted(names):
-        with safe_open(file, framework="pt", device=str(device)) as reader:
-            for name in names[file]:
-                yield name, reader.get_tensor(stored[name].name)
-
-
-def _finite(file: Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if not _all_finite(tensor):
-        problem = f"tensor {name} holds NaN or Inf"
-        raise InputError("weights", file, problem, "The file is damaged or the model diverged: get it again")
-    cast = tensor if dtype is None else tensor.to(dtype)
-    # bfloat16 and float32 reach further than float16.
-    if dtype is torch.float16 and cast is not tensor and not _all_finite(cast):
-        raise InputError("dtype", dtype, f"tensor {name} of {file} overflows in it", "Use bfloat16 or float32")
-    return cast
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # aminmax propagates NaN, and reads bf16 on a CPU several times faster than isfinite().all().
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+        return {name: finite(self.stored[name].file, name, tensor, dtype) for name, tensor in read}

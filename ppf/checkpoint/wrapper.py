@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..families import Family, tower_of
+from ..families import tower_of
 from ..model.build import TIED
-from ..model.tower import PREFIX
+from ..model.tower import PREFIX, tower_type
 from .headers import StoredTensor
 
 _MODEL = "model."
@@ -25,8 +25,6 @@ class Wrapper:
     """transformers' own, also for wrappers around our results."""
     data: Mapping[str, Any]
     """Its config.json."""
-    family: Family
-    """The family that names it; the tower's own ``model_type`` decides."""
     prefix: str
     head: str
 
@@ -35,7 +33,9 @@ class Wrapper:
         """The tower's configuration as a text-only model has it."""
         # transformers goes by the wrapper's field when it ties the head.
         tied = self.data.get("tie_word_embeddings", True)
-        return {"model_type": self.family.model_type, **self.data["text_config"], "tie_word_embeddings": tied}
+        stated = {"model_type": None} | self.data["text_config"]
+        model_type = stated["model_type"] or tower_type(self.model_type)
+        return stated | {"model_type": model_type, "tie_word_embeddings": tied}
 
     def inside(self, name: str) -> str | None:
         """What the text-only model calls a tensor on disk; None if it is not the tower's."""
@@ -62,7 +62,7 @@ def wrapper_of(file: Path, data: Mapping[str, Any], found: Mapping[str, StoredTe
     text = data.get("text_config")
     if not isinstance(text, dict):
         raise InputError("text_config", text, f"{file} has no configuration of its text tower", complete)
-    family, declared = tower
+    declared = tower[1]
     # Older layouts, which save_pretrained() still writes, put the whole language model under a name of its own.
     own = declared.removeprefix(_MODEL)
     prefix = next((p for p in (declared, f"{own}{_MODEL}") if f"{p}{TIED[1].removeprefix(_MODEL)}" in found), None)
@@ -70,4 +70,4 @@ def wrapper_of(file: Path, data: Mapping[str, Any], found: Mapping[str, StoredTe
         problem = f"has no tensor {declared}{TIED[1].removeprefix(_MODEL)}"
         raise InputError("checkpoint", file.parent, problem, complete)
     head = own if f"{own}{TIED[0]}" in found else ""
-    return Wrapper(stock, data, family, prefix, head)
+    return Wrapper(stock, data, prefix, head)

@@ -18,7 +18,8 @@ from ..model.tower import PREFIX, wrapper_classes, wrapper_model
 from .hashes import hash_folder
 from .headers import INDEX, REPORT
 from .reading import GENERATION
-from .source import Checkpoint, read_tensors
+from .source import Checkpoint
+from .weights import read_tensors
 from .wrapper import Wrapper
 
 # Config, tokenizer and report beside the weights: generously a Llama 3 tokenizer.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 
 from .bench import bench
 from .compare import compare
+from .console import errors
 from .demo import demo
 from .eval import evaluate
 from .export import export
@@ -23,6 +25,8 @@ from .profile import profile
 from .prune import prune
 from .recover import recover
 from .report import report
+
+_show_others = warnings.showwarning
 
 app = typer.Typer(name="ppf", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("fit")(fit)
@@ -68,6 +72,16 @@ def _quiet_transformers() -> None:
         logging.disable_progress_bar()
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """PPF's own warnings, which begin with its name, in one line of the user's; others' as Python shows them."""
+    text = str(message)
+    if text.startswith("ppf: "):
+        errors.print(f"Note: {text.removeprefix('ppf: ')}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        _show_others(message, category, *place)
+
+
 def main() -> None:
     """Entry point of the ``ppf`` command."""
+    warnings.showwarning = _show_warning
     app(prog_name="ppf")

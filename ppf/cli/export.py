@@ -64,14 +64,14 @@ def _write(source: Source, output: Path, to: str, options: dict[str, Any], force
 
 def _opened_by(source: Source, output: Path, facts: dict[str, Any]) -> str:
     """How to open what was written."""
+    where = "" if source.is_uniform else ", where ppf is installed"
     if facts["format"] == "gguf":
         return f"llama-cli -m {output / facts['file']}"
     if facts["format"] == "vllm":
         count = facts["tensor_parallel"]
-        return f"vllm serve {output}" + f" --tensor-parallel-size {count}" * (count > 1) + ", with ppf installed there"
+        return f"vllm serve {output}" + f" --tensor-parallel-size {count}" * (count > 1) + where
     if facts["format"] == "deci":
         return f"vllm serve {output} --trust-remote-code (its configuration class lies in the folder)"
-    if source.is_uniform:
-        return f'AutoModelForCausalLM.from_pretrained("{output}")'
+    auto = "AutoModelForImageTextToText" if source.is_tower else "AutoModelForCausalLM"
     option = ", trust_remote_code=True" * facts["self_contained"]
-    return ("" if option else "import ppf; ") + f'AutoModelForCausalLM.from_pretrained("{output}"{option})'
+    return f'{auto}.from_pretrained("{output}"{option})' + where * (not option)

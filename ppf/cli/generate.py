@@ -43,11 +43,17 @@ def _generate(
     import torch
 
     from ..checkpoint import load_tokenizer
+    from ..families import family_of
     from ..fast.runtime.generation import generate as run
     from ..fitting.perplexity import load_for_computing
+    from ..text import begin_token
 
     tokenizer, loaded = load_tokenizer(model), load_for_computing(model, device, dtype)
-    inputs = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(loaded.device)
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    begin = begin_token(family_of(loaded.config.model_type), tokenizer)
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    inputs = torch.tensor([ids], device=loaded.device)
     given, context = inputs.shape[1], loaded.config.max_position_embeddings
     if given + max_new_tokens > context:
         problem = f"with the prompt's {given} tokens is more than the model's context of {context}"

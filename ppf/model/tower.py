@@ -47,6 +47,14 @@ def wrapper_model(model_type: str) -> type:
 
 
 @cache
+def tower_type(model_type: str) -> str:
+    """The ``model_type`` of the text tower of a multimodal ``model_type`` whose configuration does not state it."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]().text_config.model_type
+
+
+@cache
 def wrapper_classes(model_type: str) -> dict[str, type]:
     """The "Config" and "ForConditionalGeneration" of wrappers around results, for the wrapper's own ``model_type``;
     known to the Auto classes from now on as ``ppf_`` + that."""

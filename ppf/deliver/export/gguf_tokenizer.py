@@ -118,9 +118,7 @@ def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
         raise _unsupported(last, f"is a token of the tokenizer, but the model ends at {size - 1}")
     for token, index in vocabulary.items():
         is_byte = data["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
-        # Gemma's table may name a byte twice, by its number and as the character.
-        if is_byte or types[index] != BYTE:
-            tokens[index], types[index] = token, BYTE if is_byte else NORMAL
+        tokens[index], types[index] = token, BYTE if is_byte else NORMAL
     for added in data["added_tokens"]:
         if added["id"] < size:
             tokens[added["id"]] = added["content"]

@@ -92,10 +92,9 @@ def weights(
     """
     read, factors = read or source.tensor, factors_of(source, architecture)
     shift = float("one-plus norm" in source.traits)
-    embedding = read(_EMBEDDING)
-    yield "token_embd.weight", _times(embedding, factors.embedding)
+    yield "token_embd.weight", _times(read(_EMBEDDING), factors.embedding)
     if architecture.head == "stored" and source.config.tie_word_embeddings:
-        yield "output.weight", embedding
+        yield "output.weight", read(_EMBEDDING)
     yield from rotation.tensors.items()
     writer = _Layers(source, architecture, rotation, factors, shift)
     for index in range(len(source.widths)):

@@ -125,7 +125,7 @@ def _check_destination(output: Path, force: bool, inputs: dict[str, Path | None]
 
 def _require_file(text: str | Path) -> None:
     if not Path(text).is_file():
-        raise InputError("text", text, "is no file", "Give a UTF-8 text file")
+        raise InputError("text", text, "is not a file", "Give a UTF-8 text file")
 
 
 def _require_space(output: Path, student: Student) -> None:

@@ -86,7 +86,7 @@ def _is_number(value: Any) -> bool:
 
 def _check_share(field: str, value: Any) -> None:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise InputError(field, value, "is no share", "Use a number from 0 (off) to 1")
+        raise InputError(field, value, "is not a share", "Use a number from 0 (off) to 1")
 
 
 def _check_whole(field: str, value: Any, least: int, problem: str) -> None:

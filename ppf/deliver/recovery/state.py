@@ -68,7 +68,7 @@ class Unfinished:
         try:
             theirs = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            problem = f"is no unfinished recovery ({' '.join(str(error).split())[:200]})"
+            problem = f"is not an unfinished recovery ({' '.join(str(error).split())[:200]})"
             raise InputError("output", self.path, problem, "Move it away, or name another output") from None
         if theirs != self._question:
             different = next(name for name in self._question if theirs.get(name) != self._question[name])

@@ -81,7 +81,8 @@ class Plan:
 
 
 def plan_of(model: Any) -> Plan:
-    """The weights that a model served by the runtime has now, by reference; see :func:`unsupported`."""
+    """The weights that a model of a known family has now, by reference. Whether the runtime computes what the model
+    does is another question: :func:`unsupported`."""
     decoder = Decoder.of_model(model)
     return Plan(
         layers=tuple(_layer(decoder, index, window) for index, window in enumerate(_windows(model.config))),
@@ -153,9 +154,9 @@ def _other_class(model: Any, family: Family) -> str | None:
 
 def _other_modules(model: Any, family: Family) -> str | None:
     """Adapters and quantised layers compute what the runtime would not."""
-    products = set(family.projections())
+    products, head = set(family.projections()), model.get_output_embeddings()
     for name, module in model.named_modules():
-        is_product = name.rpartition(".")[2] in products or module is model.get_output_embeddings()
+        is_product = module is head or name.rpartition(".")[2] in products
         if is_product and type(module) is not torch.nn.Linear:
             return f"{name} is a {type(module).__name__}"
     return None
