@@ -142,6 +142,20 @@ def test_grams_that_are_not_finite_are_refused(problem, value, place):
         refit(weight, statistics, order, WIDTHS)
 
 
+def test_grams_that_rounding_made_indefinite_are_damped_more(problem):
+    """As fp32 sums are where a few inputs dwarf all others; tenfold, until it is enough."""
+    weight, x, order = problem
+    statistics = statistics_of(x)
+    values, vectors = torch.linalg.eigh(statistics.gram)
+    below = values[0] + 0.004 * statistics.gram.diagonal().mean()
+    statistics.gram.sub_(below * vectors[:, :1] @ vectors[:, :1].T)
+    assert torch.linalg.eigvalsh(statistics.gram)[0] < -0.003 * statistics.gram.diagonal().mean()
+    found = refit(weight, statistics, order, WIDTHS)
+    expected = refit(weight, statistics, order, WIDTHS, damping=10 * DAMPING)
+    for ours, damped in zip(every(found), every(expected), strict=True):
+        torch.testing.assert_close(ours, damped, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("family", "heads"), [("llama", "mha"), ("llama", "gqa"), ("phi3", "gqa"), ("olmo2", "gqa")])
 def test_layers_are_refitted_on_their_grid(family, heads, tmp_path):
     _, decoder = dense_weights(heads, family)

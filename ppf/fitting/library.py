@@ -77,24 +77,36 @@ def refit(
 
     ``weight`` [hidden, n] is already in ranking order; ``order`` int64 [n] is that order, which takes the statistics'
     channels (in checkpoint order) along; ``widths`` are channel counts. The full width keeps ``weight`` bit for bit.
-    Raises ``PPFError`` if the Gram is not positive definite even after damping (NaN activations, say).
+    Raises ``PPFError`` for NaN or Inf among the activations.
     """
     order = order.to(statistics.gram.device)
     gram = statistics.gram[order][:, order].double()
+    if not gram.isfinite().all():
+        raise PPFError(f"the calibration Gram of {len(gram)} inputs holds NaN or Inf: so do the model's activations")
     dense = weight.double()
-    # The floor is for a sub-layer whose input is always zero: it has nothing to refit, and that is no error.
-    added = damping * gram.diagonal().mean().clamp_min(1e-30)
     target = dense @ gram
-    gram.diagonal().add_(added)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    inverse = _inverse_factor(gram, damping)
     half = target @ inverse.T
-    if int(info) or not half.isfinite().all():
-        raise PPFError("the calibration Gram is not positive definite: the model's activations hold NaN or Inf")
     dtype = torch.float64 if len(gram) <= _EXACT_INPUTS else torch.float32
     error = _error_energies(half, (target * dense).sum(), widths)
     return Refit(weight, half.to(dtype), inverse.to(dtype), tuple(widths), error)
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """L⁻¹ of H + λI = L Lᵀ, fp64 [n, n]; ``gram`` is overwritten.
+
+    The Gram comes as fp32 sums. Where a few inputs dwarf all others, rounding makes it indefinite by more than λ: then
+    λ grows tenfold, as often as it must.
+    """
+    # The floor is for a sub-layer whose input is always zero: it has nothing to refit, and that is no error.
+    mean, added = gram.diagonal().mean().clamp_min(1e-30), 0.0
+    while True:
+        gram.diagonal().add_((damping - added) * mean)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if not int(info):
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            return torch.linalg.solve_triangular(factor, identity, upper=False)
+        added, damping = damping, max(10 * damping, DAMPING)
 
 
 def _error_energies(half: Tensor, energy: Tensor, widths: Sequence[int]) -> Tensor:
