@@ -8,6 +8,8 @@ docs/families.md has a worked example. Importing this package needs neither torc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import InputError
@@ -36,6 +38,19 @@ def register(family: Family) -> None:
     import ppf_autoload
 
     ppf_autoload.add(family.result_type, f"PPF{family.classes}Config")
+
+
+@contextmanager
+def registered(family: Family) -> Iterator[None]:
+    """``family`` is the one of its model type within the block."""
+    before = _FAMILIES.get(family.model_type)
+    register(family)
+    try:
+        yield
+    finally:
+        del _FAMILIES[family.model_type]
+        if before is not None:
+            register(before)
 
 
 def family_of(model_type: Any, file: Any = "model_type") -> Family:
@@ -74,4 +89,16 @@ for _family in (
 ):  # fmt: skip
     register(_family)
 
-__all__ = ["ATTENTION", "FFN", "KINDS", "Family", "Part", "check", "families", "family_of", "register", "tower_of"]
+__all__ = [
+    "ATTENTION",
+    "FFN",
+    "KINDS",
+    "Family",
+    "Part",
+    "check",
+    "families",
+    "family_of",
+    "register",
+    "registered",
+    "tower_of",
+]

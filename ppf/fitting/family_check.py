@@ -1,17 +1,20 @@
 """Nobody believes a family file: its declaration is compared with transformers itself, unit by unit.
 
 On a tiny random model of the family, removing a unit must equal zeroing its columns of the output projection in the
-stock model: in masked evaluation (by transformers' layers and by whatever path the evaluator takes), materialised, saved
-and reloaded in a new process, and in generation with a cache. A row too many, a bias forgotten, a wrong block all show.
+stock model: in masked evaluation (by transformers' layers and by whatever path the evaluator takes), materialised,
+saved and reloaded in a new process, and in generation with a cache. A row too many, a bias forgotten, a wrong block all
+show.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import PPFError
-from ..families import KINDS, Family
+from ..errors import InputError, PPFError
+from ..families import KINDS, Family, registered
 from ..fast.losses import logits
 from ..fast.permute import permuted
 from ..fast.sublayers import ByReference
@@ -78,23 +81,30 @@ class _Removal:
 def check(family: Family, modules: tuple[str, ...] = (), **fields: Any) -> int:
     """Compare ``family``'s declaration with transformers on a tiny random model; returns the number of removals tried.
 
-    ``fields`` change the tiny model's configuration; ``modules`` are imported in the new process that reloads, so that
-    a family registered from outside is known there. Raises ``PPFError`` that says which unit differs, where and by how
-    much.
+    ``family`` need not be registered. ``fields`` change the tiny model's configuration; ``modules`` are imported in the
+    new process that reloads, so that a family from outside is known there. Raises ``PPFError`` that says which unit
+    differs, where and by how much, or what of the declaration transformers refuses.
     """
-    config = tiny_config(family, **fields)
+    with registered(family):
+        config = tiny_config(family, **fields)
+        try:
+            return _compare(family, config, modules)
+        except (InputError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+            raise PPFError(f"family {family.model_type}: what it declares does not fit transformers: {error}") from error
+
+
+def _compare(family: Family, config: PreTrainedConfig, modules: tuple[str, ...]) -> int:
     stock = random_model(config, family)
     decoder, ids = Decoder.of_model(stock), torch.arange(3, 3 + 2 * _LENGTH).view(2, _LENGTH) % config.vocab_size
     grid, removals = Grid(decoder.structure, 1), list(_removals(decoder))
     with tempfile.TemporaryDirectory(prefix="ppf-check-") as folder:
         saved: dict[str, tuple[_Removal, Tensor]] = {}
         for number, removal in enumerate(removals):
-            zeroed = _zeroed(config, stock, decoder, removal)
-            with torch.no_grad():
-                expected = zeroed(ids).logits
+            with _zeroed(stock, decoder, removal), torch.no_grad():
+                expected, tokens = stock(ids).logits, _continued(stock, ids)
             model = materialize(decoder, removal.ranking, grid, removal.policy)
             _masked(family, decoder, grid, removal, ids, expected)
-            _materialised(family, model, removal, ids, expected, zeroed)
+            _materialised(family, model, removal, ids, expected, tokens)
             model.save_pretrained(f"{folder}/{number}")
             saved[f"{folder}/{number}"] = removal, expected
         _reloaded(family, saved, ids, modules)
@@ -110,6 +120,8 @@ def tiny_config(family: Family, **fields: Any) -> PreTrainedConfig:
     if "layer_types" in known and "sliding_window" in known:
         types = ("sliding_attention", "full_attention")
         given["layer_types"] = [types[index % 2] for index in range(layers)]
+    if "no_rope_layers" in known:
+        given["no_rope_layers"] = [index % 2 for index in range(layers)]
     return config_class(**(given | fields))
 
 
@@ -146,19 +158,28 @@ def _removal(decoder: Decoder, kind: str, layer: int, gone: tuple[int, ...]) -> 
     return _Removal(kind, layer, gone, ranking, Policy(**widths))
 
 
-@torch.no_grad()
-def _zeroed(config: PreTrainedConfig, stock: PreTrainedModel, decoder: Decoder, removal: _Removal) -> PreTrainedModel:
-    """The stock model with the removed units' columns of the output projection set to zero; with all of them gone, its
-    bias too."""
+@contextmanager
+def _zeroed(stock: PreTrainedModel, decoder: Decoder, removal: _Removal) -> Iterator[None]:
+    """In the block, the removed units' columns of the output projection are zero; with all gone, its bias too."""
     columns = decoder.structure.of(removal.kind)[removal.layer].columns
     part = decoder.family.parts[removal.kind]
-    state = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
-    name = f"model.layers.{removal.layer}.{part.output_name}"
-    for unit in removal.units:
-        state[f"{name}.weight"][:, unit * columns : (unit + 1) * columns] = 0
-    if f"{name}.bias" in state and not removal.policy[removal.kind][removal.layer]:
-        state[f"{name}.bias"].zero_()
-    return build(config, state, torch.float32)
+    output = stock.get_submodule(f"model.layers.{removal.layer}.{part.output_name}")
+    before = [parameter.detach().clone() for parameter in output.parameters()]
+    with torch.no_grad():
+        for unit in removal.units:
+            output.weight[:, unit * columns : (unit + 1) * columns] = 0
+        if output.bias is not None and not removal.policy[removal.kind][removal.layer]:
+            output.bias.zero_()
+    yield
+    with torch.no_grad():
+        for parameter, values in zip(output.parameters(), before, strict=True):
+            parameter.copy_(values)
+
+
+def _continued(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Greedy text with a cache."""
+    how = {"do_sample": False, "max_new_tokens": _NEW, "min_new_tokens": _NEW}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
 def _masked(family: Family, decoder: Decoder, grid: Grid, removal: _Removal, ids: Tensor, expected: Tensor) -> None:
@@ -176,21 +197,18 @@ def _masked(family: Family, decoder: Decoder, grid: Grid, removal: _Removal, ids
 
 
 def _materialised(
-    family: Family, model: PreTrainedModel, removal: _Removal, ids: Tensor, expected: Tensor, zeroed: PreTrainedModel
+    family: Family, model: PreTrainedModel, removal: _Removal, ids: Tensor, expected: Tensor, tokens: Tensor
 ) -> None:
     with torch.no_grad():
         _require(family, removal, "materialised", model(ids).logits, expected)
-    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": _NEW, "min_new_tokens": _NEW}
-    ours, theirs = (m.generate(ids, **how) for m in (model, zeroed))
-    if not torch.equal(ours, theirs):
+    if not torch.equal(_continued(model, ids), tokens):
         raise PPFError(f"family {family.model_type}: {removal}: generation with a cache gives other tokens")
 
 
-def _reloaded(
-    family: Family, saved: dict[str, tuple[_Removal, Tensor]], ids: Tensor, modules: tuple[str, ...]
-) -> None:
+def _reloaded(family: Family, saved: dict[str, tuple[_Removal, Tensor]], ids: Tensor, modules: tuple[str, ...]) -> None:
     command = [sys.executable, "-c", _RELOAD, json.dumps(ids.tolist()), json.dumps(list(saved)), *modules]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path.home())
+    importable = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path.home(), env=importable)
     if done.returncode:
         raise PPFError(f"family {family.model_type}: results do not open in a new process: {done.stderr[-800:]}")
     for folder, found in json.loads(done.stdout.splitlines()[-1]).items():
