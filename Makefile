@@ -17,7 +17,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 # Exports in the programs they are for. Compiles llama.cpp without its tools: some minutes on two cores, once.
-LLAMA_OPTIONS := -DGGML_CCACHE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF \
+LLAMA_OPTIONS := -DGGML_CCACHE=OFF -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF \
 	$(foreach part,EXAMPLES TOOLS TESTS SERVER,-DLLAMA_BUILD_$(part)=OFF)
 test-export: $(STAMP)
 	CMAKE_ARGS="$(LLAMA_OPTIONS)" $(BIN)/python -m pip install --quiet --editable '.[export-test]'

@@ -53,6 +53,7 @@ def parsed() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--test-tokens", type=int, help="about so many of the test text; all if left out")
     parser.add_argument("--ffn-multiple", type=int, default=64)
+    parser.add_argument("--calibration-tokens", type=int, default=131_072)
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 
@@ -103,7 +104,7 @@ def main() -> None:
     asked = parsed()
     settings = Settings(
         evaluations=asked.evaluations, sequence_length=asked.length, evaluation_tokens=asked.tokens,
-        ffn_multiple=asked.ffn_multiple,
+        ffn_multiple=asked.ffn_multiple, calibration_tokens=asked.calibration_tokens,
     )  # fmt: skip
     test = Reader.of(asked.model, asked.length).sequences(asked.test_text)
     test = take_tokens(test, asked.test_tokens) if asked.test_tokens else test

@@ -40,7 +40,7 @@ def evaluation_section(name: str) -> str:
     )
     note = (
         f"{facts}; bf16. The limit is the kept products, causal attention and the head at that rate. In bf16 the "
-        f"perplexities of {precision['policies']} policies of {rows[-1]['model']} are within "
+        f"perplexities of {precision['policies']} policies of {rows[0]['model']} are within "
         f"{precision['worst_relative_perplexity']:.2%} of fp32's, the same bits in any company."
     )
     note += f" {data['note']}" if "note" in data else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-MODELS = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
+MODELS = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B", "qwen2.5-7b": "Qwen2.5-7B", "qwen3-8b": "Qwen3-8B"}
 
 
 def load(name: str) -> dict[str, Any]:

@@ -193,4 +193,4 @@ def test_a_family_registered_from_outside():
         assert families.family_of("ppf_olmo") is family
     with pytest.raises(InputError, match="olmo"):
         families.family_of("olmo")
-    assert check(family, modules=("family_from_outside",)) == 44
+    assert check(family) == 44

@@ -77,11 +77,14 @@ def tower_of(model_type: Any) -> tuple[Family, str] | None:
     return next(found, None)
 
 
-def check(model_type: str, **options: Any) -> None:
-    """Compare a family's declaration with transformers, unit by unit; see :func:`ppf.fitting.family_check.check`."""
+def check(model_type: str, **options: Any) -> int:
+    """Compare a family's declaration with transformers, unit by unit; the number of removals tried.
+
+    See :func:`ppf.fitting.family_check.check`, which takes the options.
+    """
     from ..fitting.family_check import check as compare
 
-    compare(family_of(model_type), **options)
+    return compare(family_of(model_type), **options)
 
 
 for _family in (

@@ -10,8 +10,10 @@ from ..model.frame import Frame
 from .ops import elementwise  # noqa: F401  (defines the op)
 
 # Logits in fp32 held at once. A GPU wants large products: 1 GB is 2,048 tokens of a vocabulary of 128k, or 65,536 of
-# one of 4k. A CPU wants them to stay in cache: twice as fast.
+# one of 4k. A CPU wants them to stay in cache: twice as fast; but every block reads the whole head, so that of a large
+# vocabulary it takes more.
 _LOGIT_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
+_LEAST_BLOCK = 256
 
 
 def token_losses(frame: Frame, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -40,4 +42,4 @@ def logits(normed: Tensor, head: Tensor, scale: float = 1.0, cap: float | None =
 
 def logit_block(head: Tensor) -> int:
     """How many tokens to make logits of at once."""
-    return max(1, _LOGIT_BYTES[head.device.type] // (4 * len(head)))
+    return max(_LEAST_BLOCK, _LOGIT_BYTES[head.device.type] // (4 * len(head)))

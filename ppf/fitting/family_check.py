@@ -48,10 +48,10 @@ _TINY = {
 # What is switched on where a configuration has it: windows shorter than the text, and all that is off by default.
 _IF_THERE = {"sliding_window": 5, "use_sliding_window": True, "attention_bias": True, "mlp_bias": True}
 _RELOAD = """
-import importlib, json, sys, torch, ppf
+import json, sys, torch, ppf
+from ppf.families import Family, Part
 torch.set_num_threads(1)
-for module in sys.argv[3:]:
-    importlib.import_module(module)
+ppf.families.register(eval(sys.argv[3]))
 from transformers import AutoModelForCausalLM
 ids, found = torch.tensor(json.loads(sys.argv[1])), {}
 for folder in json.loads(sys.argv[2]):
@@ -78,22 +78,21 @@ class _Removal:
         return f"layer {self.layer}, {self.kind} units {list(self.units)}"
 
 
-def check(family: Family, modules: tuple[str, ...] = (), **fields: Any) -> int:
+def check(family: Family, **fields: Any) -> int:
     """Compare ``family``'s declaration with transformers on a tiny random model; returns the number of removals tried.
 
-    ``family`` need not be registered. ``fields`` change the tiny model's configuration; ``modules`` are imported in the
-    new process that reloads, so that a family from outside is known there. Raises ``PPFError`` that says which unit
-    differs, where and by how much, or what of the declaration transformers refuses.
+    ``family`` need not be registered. ``fields`` change the tiny model's configuration. Raises ``PPFError`` that says
+    which unit differs, where and by how much, or what of the declaration transformers refuses.
     """
     with registered(family):
         config = tiny_config(family, **fields)
         try:
-            return _compare(family, config, modules)
+            return _compare(family, config)
         except (InputError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-            raise PPFError(f"family {family.model_type}: what it declares does not fit transformers: {error}") from error
+            raise PPFError(f"family {family.model_type}: its declaration does not fit transformers: {error}") from error
 
 
-def _compare(family: Family, config: PreTrainedConfig, modules: tuple[str, ...]) -> int:
+def _compare(family: Family, config: PreTrainedConfig) -> int:
     stock = random_model(config, family)
     decoder, ids = Decoder.of_model(stock), torch.arange(3, 3 + 2 * _LENGTH).view(2, _LENGTH) % config.vocab_size
     grid, removals = Grid(decoder.structure, 1), list(_removals(decoder))
@@ -107,7 +106,7 @@ def _compare(family: Family, config: PreTrainedConfig, modules: tuple[str, ...])
             _materialised(family, model, removal, ids, expected, tokens)
             model.save_pretrained(f"{folder}/{number}")
             saved[f"{folder}/{number}"] = removal, expected
-        _reloaded(family, saved, ids, modules)
+        _reloaded(family, saved, ids)
     return len(removals)
 
 
@@ -205,8 +204,9 @@ def _materialised(
         raise PPFError(f"family {family.model_type}: {removal}: generation with a cache gives other tokens")
 
 
-def _reloaded(family: Family, saved: dict[str, tuple[_Removal, Tensor]], ids: Tensor, modules: tuple[str, ...]) -> None:
-    command = [sys.executable, "-c", _RELOAD, json.dumps(ids.tolist()), json.dumps(list(saved)), *modules]
+def _reloaded(family: Family, saved: dict[str, tuple[_Removal, Tensor]], ids: Tensor) -> None:
+    # The declaration is data: what it prints as, a new process can read.
+    command = [sys.executable, "-c", _RELOAD, json.dumps(ids.tolist()), json.dumps(list(saved)), repr(family)]
     importable = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path.home(), env=importable)
     if done.returncode:
