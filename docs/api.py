@@ -20,7 +20,9 @@ from typing import Any
 PAGE = Path(__file__).with_name("api.md")
 MODULES = (
     "ppf",
+    "ppf.families",
     "ppf.checkpoint",
+    "ppf.choose.budget",
     "ppf.deliver.recovery",
     "ppf.fast.runtime",
     "ppf.deliver.export",
