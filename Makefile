@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/ppf demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Exports in the programs they are for. Compiles llama.cpp without its tools: some minutes on two cores, once.
 LLAMA_OPTIONS := -DGGML_CCACHE=OFF -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF \

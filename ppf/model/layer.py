@@ -1,6 +1,6 @@
 """One decoder layer's weights by name, and what a family's declaration makes of them: permuted, cut, or as views.
 
-A layer is a mapping from names inside the layer (``self_attn.q_proj.weight``) to tensors, as nn.Linear stores them.
+A layer is a mapping from names inside the layer (``self_attn.o_proj.weight``) to tensors, as nn.Linear stores them.
 """
 
 from __future__ import annotations
