@@ -1,12 +1,15 @@
-"""Turns benchmarks/results/*.json into docs/benchmarks.md. Run it after every new measurement.
+"""Turns benchmarks/results/*.json into docs/benchmarks.md and the tables of docs/families.md.
 
-python benchmarks/report.py
+Run it after every new measurement:
+
+    python benchmarks/report.py
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from report_families import fill_families
 from report_speed import decode_section, predictor_section, profiling_section
 from tables import DOCS, RESULTS, load, table
 
@@ -101,7 +104,8 @@ def recovery_section(name: str) -> str:
 
 
 def main() -> None:
-    """Write docs/benchmarks.md."""
+    """Write docs/benchmarks.md, and the tables of docs/families.md."""
+    fill_families()
     text = Path(__file__).with_name("report.head.md").read_text(encoding="utf-8")
     sections = [text, "## Channel gather on a GPU", gather_section("gather_h100.json")]
     sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]

@@ -49,6 +49,7 @@ def test_losses_are_those_of_transformers_logits(family):
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 2048])
 def test_losses_do_not_depend_on_the_block(monkeypatch, family, tokens_at_once):
     monkeypatch.setitem(module._LOGIT_BYTES, "cpu", tokens_at_once * 4 * VOCABULARY)
+    monkeypatch.setattr(module, "_LEAST_BLOCK", 1)
     model, decoder = dense_weights(family=family)
     hidden, found = last_hidden(model)
     assert module.logit_block(decoder.frame.head) == tokens_at_once
@@ -56,8 +57,9 @@ def test_losses_do_not_depend_on_the_block(monkeypatch, family, tokens_at_once):
     torch.testing.assert_close(ours.double(), exact(found), rtol=1e-5, atol=1e-5)
 
 
-def test_a_block_is_a_token_at_least():
-    assert module.logit_block(torch.empty(10**7, 0)) == 1
+def test_a_large_vocabulary_is_not_read_for_a_few_tokens_only():
+    assert module.logit_block(torch.empty(1024, 0)) == 1024  # 4 MiB
+    assert module.logit_block(torch.empty(10**7, 0)) == 256
 
 
 def test_half_precision_losses_are_fp32():

@@ -82,7 +82,7 @@ def check(model_type: str, **options: Any) -> int:
 
     See :func:`ppf.fitting.family_check.check`, which takes the options.
     """
-    from ..fitting.family_check import check as compare
+    from ..fitting.family_check import check as compare  # the one look upwards: this is where people look for it
 
     return compare(family_of(model_type), **options)
 
