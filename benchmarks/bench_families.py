@@ -108,7 +108,7 @@ def main() -> None:
     )  # fmt: skip
     test = Reader.of(asked.model, asked.length).sequences(asked.test_text)
     test = take_tokens(test, asked.test_tokens) if asked.test_tokens else test
-    part = f"about {asked.test_tokens} tokens" if asked.test_tokens else "all of it"
+    part = "evenly spaced sequences" if asked.test_tokens else "all of it"
     with tempfile.TemporaryDirectory(prefix="ppf-family-") as folder, torch.no_grad():
         started = time.perf_counter()
         with torch.enable_grad():

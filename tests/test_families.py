@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import ppf_autoload
 from ppf import families
@@ -14,7 +15,7 @@ from ppf.families import ATTENTION, FFN, KINDS, Family
 from ppf.families.traits import traits_of, unserved
 from ppf.fast.sublayers import SERVES, ByReference, Fused
 from ppf.fitting.family_check import check, random_model, tiny_config
-from ppf.model.classes import stock_classes
+from ppf.model.classes import result_classes, stock_classes
 from ppf.model.decoder import Decoder
 from ppf.model.layer import LayerMap
 
@@ -90,6 +91,14 @@ def test_heads_normalised_together_are_not_cut_one_by_one():
     assert family.attention.whole
     with pytest.raises(PPFError, match="olmo2"):
         check(replace(family, attention=replace(family.attention, whole=False)))
+
+
+def test_a_check_leaves_the_registered_family_as_it_was():
+    llama = BY_TYPE["llama"]
+    with pytest.raises(PPFError):
+        check(replace(llama, attention=replace(ATTENTION, before="post_attention_layernorm")))
+    assert families.family_of("llama") is llama
+    assert type(AutoConfig.for_model("ppf_llama")) is result_classes(llama)["Config"]
 
 
 @pytest.mark.parametrize("family", ALL, ids=list(BY_TYPE))

@@ -24,12 +24,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, PPFError
-from ..families import KINDS, Family, registered
+from ..families import KINDS, Family, families, registered
 from ..fast.losses import logits
 from ..fast.permute import permuted
 from ..fast.sublayers import ByReference
 from ..model.build import build, expected_tensors
-from ..model.classes import stock_classes
+from ..model.classes import announce, stock_classes
 from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..model.layer import LayerRanking
@@ -84,12 +84,20 @@ def check(family: Family, **fields: Any) -> int:
     ``family`` need not be registered. ``fields`` change the tiny model's configuration. Raises ``PPFError`` that says
     which unit differs, where and by how much, or what of the declaration transformers refuses.
     """
-    with registered(family):
-        config = tiny_config(family, **fields)
-        try:
-            return _compare(family, config)
-        except (InputError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-            raise PPFError(f"family {family.model_type}: its declaration does not fit transformers: {error}") from error
+    try:
+        with registered(family):
+            return _compare_or_explain(family, tiny_config(family, **fields))
+    finally:
+        for known in families():
+            if known.model_type == family.model_type:
+                announce(known)
+
+
+def _compare_or_explain(family: Family, config: PreTrainedConfig) -> int:
+    try:
+        return _compare(family, config)
+    except (InputError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        raise PPFError(f"family {family.model_type}: its declaration does not fit transformers: {error}") from error
 
 
 def _compare(family: Family, config: PreTrainedConfig) -> int:

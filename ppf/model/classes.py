@@ -31,15 +31,24 @@ def stock_classes(family: Family) -> dict[str, type]:
 @cache
 def result_classes(family: Family) -> dict[str, type]:
     """The "Config", "Model" and "ForCausalLM" of results whose layers differ, known to the Auto classes from now on."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
     from .perlayer import make_classes
 
     made = make_classes(f"PPF{family.classes}", family.result_type, stock_classes(family), plain_parts(family), _HOME)
+    _announce(family, made)
+    return made
+
+
+def announce(family: Family) -> None:
+    """Make the Auto classes open results of ``family`` as its own, after another declaration of its model type."""
+    _announce(family, result_classes(family))
+
+
+def _announce(family: Family, made: dict[str, type]) -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
     AutoConfig.register(family.result_type, made["Config"], exist_ok=True)
     AutoModel.register(made["Config"], made["Model"], exist_ok=True)
     AutoModelForCausalLM.register(made["Config"], made["ForCausalLM"], exist_ok=True)
-    return made
 
 
 def classes_of(model_type: str) -> dict[str, type]:
