@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..checkpoint.checks import REPORT
 from ..checkpoint.headers import read_json
 from ..choose.budget import Budget, RatioBudget
 from ..errors import InputError
-from ..files import check_output
+from ..files import check_output, read_json_of
 from ..fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ..fitting.experience import Experience
 from ..fitting.run import Protocol, Run
@@ -89,13 +88,7 @@ def read_policy(path: str | Path) -> Policy:
 
     Raises ``InputError`` for anything else.
     """
-    remedy = "Give a JSON file with a policy, or a ppf.json"
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError("policy", path, f"cannot be read ({error.strerror})", remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("policy", path, f"is not JSON ({error})", remedy) from None
+    data = read_json_of("policy", path, "Give a JSON file with a policy, or a ppf.json")
     if isinstance(data, dict) and "policy" in data:
         data = data["policy"]
     try:

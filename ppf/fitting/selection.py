@@ -6,7 +6,6 @@ that the masked evaluation scores it as it scores any policy: one channel gather
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..families import KINDS
 from ..fast.permute import permuted
+from ..files import read_json_of
 from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..model.layer import LayerRanking
@@ -67,13 +67,7 @@ class Selection:
     @classmethod
     def read(cls, path: str | Path) -> Selection:
         """The selection in a JSON file. Raises ``InputError`` for anything else."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError("selection", path, f"cannot be read ({error.strerror})", _REMEDY) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError("selection", path, f"is not JSON ({error})", _REMEDY) from None
-        return cls.from_dict(data)
+        return cls.from_dict(read_json_of("selection", path, _REMEDY))
 
     def check(self, structure: Structure) -> None:
         """Raise ``InputError`` unless a model of ``structure`` can keep these units."""
