@@ -31,7 +31,8 @@ from ppf.choose.candidates.sampling import uniform_policy
 from ppf.deliver.elastic.model import Elastic, elastic_model
 from ppf.families import KINDS
 from ppf.fast.runtime.benchmark import Ceilings, decode_row, measure_ceilings, prefill_row, rows_as_dicts
-from ppf.fitting.library import Library, Refit, widths_of
+from ppf.fitting.factors import Factors, boundaries_of, packed_size, stored_dtype, tensors_of
+from ppf.fitting.library import Library
 from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
 
@@ -59,8 +60,8 @@ def measure(model: PreTrainedModel, ratio: float, mode: str, ceilings: Ceilings)
 def elastic(name: str, ceilings: Ceilings) -> dict[str, Any]:
     """Milliseconds of switching, speed on prefix views, and memory, of one elastic model.
 
-    Its library is real in size and in what it solves, but all layers share one layer's factors: the 26 GB of a whole
-    one would take minutes to make, and no figure here depends on its values.
+    Its library is real in size and in what it solves, but all layers share one layer's factors: a whole one would take
+    long to make, and no figure here depends on its values.
     """
     decoder = random_decoder(name)
     grid, model, result = Grid(decoder.structure, 256), elastic_model(decoder), {}
@@ -94,14 +95,14 @@ def switch(model: Elastic, ratio: float) -> float:
 def shared_library(decoder: Decoder, grid: Grid) -> Library:
     """A library whose layers share one pair of factors."""
 
-    def factors(kind: str) -> Refit:
-        dense, widths = decoder.output(0, kind), widths_of(grid, kind, 0)
-        n = dense.shape[1]
-        inverse = torch.eye(n, device="cuda") + 0.01 / n * torch.randn(n, n, device="cuda").tril_()
-        return Refit(dense, dense.float(), inverse, tuple(widths), torch.zeros(len(widths)))
+    def factors(kind: str) -> Factors:
+        boundaries = tuple(boundaries_of(grid, kind, 0))
+        dtype = stored_dtype(boundaries[-1])
+        packed = 0.01 / boundaries[-1] * torch.randn(packed_size(boundaries), dtype=dtype, device="cuda")
+        return Factors(packed, boundaries, torch.zeros(len(boundaries), dtype=torch.float64))
 
-    refits = {kind: factors(kind) for kind in KINDS}
-    return Library.of_layers([refits] * grid.structure.layers)
+    shared = tensors_of({kind: factors(kind) for kind in KINDS})
+    return Library(decoder, grid, [shared] * grid.structure.layers)
 
 
 def main() -> None:

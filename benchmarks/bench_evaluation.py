@@ -26,12 +26,14 @@ from torch import Tensor
 
 from ppf import checkpoint
 from ppf.choose.candidates.sampling import mutate, random_levels, random_ratios, uniform_policy
+from ppf.fast.layer_major import LayerMajor
+from ppf.fast.one_by_one import OneByOne
 from ppf.fast.permute import permuted
 from ppf.fast.plan import executed
 from ppf.fitting.calibration import calibrate
 from ppf.fitting.evaluation import Evaluator
-from ppf.fitting.evaluation.serial import Serial
-from ppf.fitting.library import Library, refit_layer
+from ppf.fitting.factors import factorise_layer, tensors_of
+from ppf.fitting.library import Library
 from ppf.fitting.ranking import rank_layer
 from ppf.fitting.reader import Reader
 from ppf.model.decoder import Decoder
@@ -79,11 +81,12 @@ def small_model(model: Path, text: Path, eval_text: Path) -> tuple[Decoder, Grid
     statistics = list(calibrate(decoder, sequences))
     rankings = [rank_layer("wanda-sp", decoder, index, found) for index, found in enumerate(statistics)]
     ranked = permuted(decoder, rankings)
-    refits = [
-        refit_layer(ranked.names(index).outputs(ranked.layers[index]), found, rankings[index], grid, index)
+    factors = [
+        factorise_layer(ranked.names(index).outputs(ranked.layers[index]), found, rankings[index], grid, index)
         for index, found in enumerate(statistics)
     ]
-    return ranked, grid, Library.of_layers(refits), reader.sequences(eval_text).to(DEVICE)
+    library = Library(ranked, grid, [tensors_of(layer) for layer in factors])
+    return ranked, grid, library, reader.sequences(eval_text).to(DEVICE)
 
 
 def families(grid: Grid, count: int) -> dict[str, list[Policy]]:
@@ -104,7 +107,7 @@ def small_rows(arguments: argparse.Namespace, rate: float) -> Iterator[dict]:
     for tokens in (49_152, 16_384, 2_048):
         sequences = take_tokens(text, tokens)
         evaluator = Evaluator(decoder, grid, sequences, library)
-        serial = Serial(decoder, grid, sequences, library)
+        serial = LayerMajor(decoder, grid, sequences, OneByOne(decoder, grid, library))
         for name, policies in families(grid, 128).items():
             levels = [executed(row) for row in grid.encode(policies).tolist()]
             took = seconds(lambda p=policies, e=evaluator: e.log_perplexities(p)) / len(policies)

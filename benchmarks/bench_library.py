@@ -7,7 +7,7 @@ Llama-2-7B's shape with random weights, 16 FFN levels and 32 kv-groups, everythi
 with its Grams, ranking, factors, and the solutions of all levels; then MODEL, a small checkpoint, with the
 perplexity of uniform policies by ranking, and by refit, masking, and masking with FLAP's biases. ``limit`` is the
 operations over the rate of an 8192-cubed product of the same kind, measured in the same run: bf16 for pass and Grams,
-fp64 for the factors, fp32 for the solutions.
+fp64 for the factors, bf16 for the solutions, whose products are made twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from ppf.families import KINDS
 from ppf.fast.permute import permute_layer, permuted
 from ppf.fitting.calibration import LayerStatistics, calibrate
 from ppf.fitting.evaluation import Evaluator
-from ppf.fitting.library import Library, Refit, library_bytes, refit_layer
+from ppf.fitting.factors import factorise_layer, tensors_of
+from ppf.fitting.library import Library, library_bytes
 from ppf.fitting.masked import masked_losses
 from ppf.fitting.ranking import rank_layer
 from ppf.fitting.reader import Reader
@@ -69,9 +70,11 @@ def rates() -> dict[torch.dtype, float]:
     return found
 
 
-def build(decoder: Decoder, grid: Grid, sequences: Tensor, ranking: str, stages: Stages) -> list[dict[str, Refit]]:
-    """The refits of all layers, factors on the device."""
-    stream, refits = calibrate(decoder, sequences), []
+def build(
+    decoder: Decoder, grid: Grid, sequences: Tensor, ranking: str, stages: Stages
+) -> tuple[list[LayerRanking], list[dict[str, Tensor]]]:
+    """The rankings, and the factors on the device, of all layers."""
+    stream, rankings, factors = calibrate(decoder, sequences), [], []
     for index in range(grid.structure.layers):
         with stages.stage("pass and Grams"):
             statistics = next(stream)
@@ -79,29 +82,33 @@ def build(decoder: Decoder, grid: Grid, sequences: Tensor, ranking: str, stages:
             order = rank_layer(ranking, decoder, index, statistics)
             ranked = permute_layer(decoder.names(index), decoder.layers[index], order)
         with stages.stage("factors"):
-            refits.append(refit_layer(decoder.names(index).outputs(ranked), statistics, order, grid, index))
+            found = factorise_layer(decoder.names(index).outputs(ranked), statistics, order, grid, index)
+        rankings.append(order)
+        factors.append(tensors_of(found))
         del statistics, ranked
-    return refits
+    return rankings, factors
 
 
 def large_row(speed: dict[torch.dtype, float]) -> dict:
-    """Llama-2-7B's shape. Factors go as their solutions come, so that both never stand whole on the device."""
+    """Llama-2-7B's shape, with all factors and then all solutions on the device."""
     decoder, stages = random_decoder("llama-2-7b"), Stages()
     grid = Grid(decoder.structure, 688)
     sequences = torch.randint(0, len(decoder.frame.head), (CALIBRATION_TOKENS // 2048, 2048), device=DEVICE)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    refits = build(decoder, grid, sequences, "wanda-sp", stages)
+    rankings, factors = build(decoder, grid, sequences, "wanda-sp", stages)
     with_factors = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    decoder = permuted(decoder, rankings)
+    library = Library(decoder, grid, factors, cache_bytes=0)
     solved = []
-    while refits:
-        with stages.stage("solutions"):
-            solved += [list(refit.solutions()) for refit in refits.pop().values()]
+    with stages.stage("solutions"):
+        for sublayer, top in enumerate(grid.maximum):
+            solved += [weight for _, weight in library.descending(sublayer, range(1, top))]
     result = {
-        "model": "llama-2-7b shape", "calibration_tokens": CALIBRATION_TOKENS, "levels": sum(map(len, solved)),
+        "model": "llama-2-7b shape", "calibration_tokens": CALIBRATION_TOKENS, "levels": len(solved),
         "factor_GB": library_bytes(grid) / 1e9,
-        "solution_GB": sum(w.nbytes for level in solved for w in level) / 1e9,
+        "solution_GB": sum(weight.nbytes for weight in solved) / 1e9,
         "peak_GB_with_factors": with_factors / 1e9, "peak_GB_with_solutions": torch.cuda.max_memory_allocated() / 1e9,
     }  # fmt: skip
     result |= timed(stages.seconds, limits(grid, CALIBRATION_TOKENS, 2048, speed))
@@ -112,18 +119,19 @@ def large_row(speed: dict[torch.dtype, float]) -> dict:
 
 
 def limits(grid: Grid, tokens: int, length: int, speed: dict[torch.dtype, float]) -> dict[str, float]:
-    """Seconds of each stage's operations. A factorisation and a triangular inverse take n³/3 each."""
+    """Seconds of each stage's operations. A factorisation takes n³/3, and so do the regressions; the errors are those
+    of the dense weight times a triangle."""
     s = grid.structure
     sizes = [(sub.width, step * sub.columns) for sub, step in zip(s.sublayers, grid.steps, strict=True)]
     attention = sum(sub.width for sub in s.attention)
     dense = 2 * s.decoder_parameters * tokens + 2 * attention * length * tokens
     grams = sum(2 * n * n * tokens for n, _ in sizes)
-    factors = sum(2 * n**3 / 3 + 3 * s.hidden * n * n for n, _ in sizes)
-    solutions = sum(s.hidden * n * (n + step) for n, step in sizes)
+    factors = sum(2 * n**3 / 3 + s.hidden * n * n for n, _ in sizes)
+    solutions = sum(2 * s.hidden * n * (n - step) for n, step in sizes)
     return {
         "pass and Grams": (dense + grams) / speed[torch.bfloat16],
         "factors": factors / speed[torch.float64],
-        "solutions": solutions / speed[torch.float32],
+        "solutions": solutions / speed[torch.bfloat16],
     }
 
 
@@ -142,14 +150,14 @@ def small_rows(arguments: argparse.Namespace, speed: dict[torch.dtype, float]) -
     exact = list(calibrate(decoder, calibration))
     for name in ("wanda-sp", "flap-wifv", "obs"):
         stages = Stages()
-        refits = build(decoder, grid, calibration, name, stages)
-        rankings = [rank_layer(name, decoder, index, found) for index, found in enumerate(exact)]
+        rankings, factors = build(decoder, grid, calibration, name, stages)
         ranked = permuted(decoder, rankings)
+        refitted = Library(ranked, grid, factors)
         result = {"model": arguments.model.name, "ranking": name}
         result |= timed(stages.seconds, limits(grid, calibration.numel(), 512, speed))
         for ratio in (0.3, 0.5):
             policy = uniform_policy(grid, ratio)
-            for kind, library in (("refit", Library.of_layers(refits)), ("masked", None)):
+            for kind, library in (("refit", refitted), ("masked", None)):
                 value = Evaluator(ranked, grid, evaluation, library).log_perplexity(policy)
                 result[f"perplexity_{kind}_{ratio:.0%}"] = round(math.exp(value), 2)
             value = with_biases(ranked, grid, exact, rankings, policy, evaluation)

@@ -1,4 +1,4 @@
-"""Turns benchmarks/results/*.json into docs/benchmarks.md and the tables of docs/families.md.
+"""Turns benchmarks/results/*.json into docs/benchmarks.md and the tables of docs/families.md and docs/large-models.md.
 
 Run it after every new measurement:
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from report_families import fill_families
+from report_scale import fill_scale
 from report_speed import decode_section, predictor_section, profiling_section
 from tables import DOCS, RESULTS, load, table
 
@@ -104,8 +105,9 @@ def recovery_section(name: str) -> str:
 
 
 def main() -> None:
-    """Write docs/benchmarks.md, and the tables of docs/families.md."""
+    """Write docs/benchmarks.md, and the tables of docs/families.md and docs/large-models.md."""
     fill_families()
+    fill_scale()
     text = Path(__file__).with_name("report.head.md").read_text(encoding="utf-8")
     sections = [text, "## Channel gather on a GPU", gather_section("gather_h100.json")]
     sections += ["## Channel gather on a CPU", gather_section("gather_cpu.json")]

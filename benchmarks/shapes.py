@@ -18,6 +18,26 @@ SHAPES: dict[str, dict] = {
         "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 16, "head_dim": 32, "num_attention_heads": 8,
         "num_key_value_heads": 4, "intermediate_size": 768, "vocab_size": 4096,
     },
+    "smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "head_dim": 64, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "head_dim": 64, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256,
+    },
+    "qwen2.5-32b": {
+        "model_type": "qwen2", "hidden_size": 5120, "num_hidden_layers": 64, "head_dim": 128,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "intermediate_size": 27648, "vocab_size": 152064,
+    },
+    "llama-3.1-70b": {
+        "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "head_dim": 128,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 128256,
+    },
     "1b": {
         "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 32000,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppf.kernels import elementwise, grouped
+from ppf.kernels import elementwise, grouped, grouped_attention, grouped_losses, grouped_rows
 
 DEVICE = torch.device("cuda")
 
@@ -24,15 +24,24 @@ def normal(*shape: int) -> Tensor:
 
 
 def grouped_calls() -> dict[str, Callable[[], object]]:
-    """Three groups, an empty one among them, and one that ends within a step."""
-    x, widths = normal(3, 70, 192), (64, 0, 100)
-    gate, up, weight = normal(256, 192), normal(256, 192), normal(320, 192)
-    own = [normal(320, 192) for _ in widths]
+    """States that end within a tile and within a step, one that nothing is added to, and weights of their own."""
+    x, inner = normal(3, 70, 192), torch.zeros(3, 70, 128, dtype=torch.bfloat16, device=DEVICE)
+    inner[:, :, :100] = normal(3, 70, 100)
+    qkv, norm, head = normal(256, 192), normal(192), normal(1000, 192)
+    gate_up, downs = normal(256, 192), [normal(192, width) for width in (128, 104)]
+    cos, sin = normal(35, 16), normal(35, 16)
+    attended, targets = normal(3, 70, 256), torch.randint(0, 1000, (70,), device=DEVICE)
+    jobs = [0, 1, 2, 2], [100, 128, 0, 36], [1, 0, 0, 0], [0, 1, 2, 2], [3, 1, 2, 0]
+    y, stacked = torch.empty(4, 70, 192, dtype=torch.bfloat16, device=DEVICE), normal(2, 192, 128)
     return {
-        "grouped gate_up": lambda: grouped.gate_up(x, gate, up, widths),
-        "grouped outputs": lambda: grouped.outputs(x, weight, widths),
-        "grouped inputs": lambda: grouped.inputs(x, [weight], widths),
-        "grouped inputs, own weights": lambda: grouped.inputs(x, own, widths),
+        "grouped norm": lambda: grouped_rows.norm(x, norm, [2, 0], 1e-5),
+        "grouped residual": lambda: grouped_rows.residual(x, x, norm, [2, 0], [-1, 1], 1e-5, 1.0),
+        "grouped stack": lambda: grouped_rows.stack(downs, 128),
+        "grouped heads": lambda: grouped.heads(x, qkv, None, None, cos, sin, [256, 128, 256], 35, 128, 1e-5),
+        "grouped attention": lambda: grouped_attention.attention(attended, [2, 1, 2], 35, 2, 32, 0.2, 0),
+        "grouped hidden": lambda: grouped.hidden(x, gate_up, None, [128, 64, 100], "silu"),
+        "grouped outputs": lambda: grouped.outputs(y, x, inner, stacked, None, jobs, 1.0),
+        "grouped losses": lambda: grouped_losses.losses(x, head, targets, 35, 1.0, None),
     }
 
 

@@ -16,3 +16,7 @@ class InputError(PPFError, ValueError):
     def __init__(self, field: str, value: object, problem: str, remedy: str):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(f"{field} = {value}: {problem}. {remedy}")
+
+    def __reduce__(self) -> tuple:
+        """Errors travel between the processes of a job; what a value was is then its text."""
+        return InputError, (self.field, str(self.value), self.problem, self.remedy)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import InputError
+from .timings import timed
 
 
 def write_atomically(path: str | Path, writer: Callable[[Path], None]) -> None:
@@ -51,11 +52,13 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@timed("writing")
 def write_json(path: str | Path, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically. Raises ``ValueError`` for NaN and infinities: they are not JSON."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
+@timed("writing")
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write ``tensors`` (copied to the CPU, made contiguous), atomically."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -111,6 +111,8 @@ def split(sequences: Tensor, calibration_tokens: int, evaluation_tokens: int, sh
 BATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 
 
-def batches(sequences: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """Views of ``sequences`` [N, T] with as many tokens as suit a forward pass on ``device``, in order."""
-    return sequences.split(max(1, BATCH_TOKENS[device.type] // sequences.shape[1]))
+def batches(sequences: Tensor, device: torch.device, most: int | None = None) -> Sequence[Tensor]:
+    """Views of ``sequences`` [N, T], in order, with as many tokens as suit a forward pass on ``device``, at most
+    ``most``, but at least one sequence."""
+    tokens = BATCH_TOKENS[device.type] if most is None else min(most, BATCH_TOKENS[device.type])
+    return sequences.split(max(1, tokens // sequences.shape[1]))

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ppf.families import KINDS
 from ppf.fast.permute import permuted
 from ppf.fitting.calibration import calibrate
-from ppf.fitting.library import Library, refit_layer
+from ppf.fitting.factors import factorise_layer, tensors_of
+from ppf.fitting.library import Library
 from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
 from ppf.model.layer import LayerRanking, expand_units
@@ -24,8 +25,8 @@ def library_of(decoder: Decoder, ranking: Sequence[LayerRanking], grid: Grid, se
     layers = []
     for index, statistics in enumerate(calibrate(decoder.to(torch.float32), sequences)):
         outputs = ranked.names(index).outputs(ranked.layers[index])
-        layers.append(refit_layer(outputs, statistics, ranking[index], grid, index))
-    return Library.of_layers(layers)
+        layers.append(tensors_of(factorise_layer(outputs, statistics, ranking[index], grid, index)))
+    return Library(ranked, grid, layers)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from factories import config_of, dense_weights, llama, llama_config, random_ranking, tokens, track_grams
 
+from ppf import ranks
 from ppf.families import KINDS, families
 from ppf.fast.permute import permuted
 from ppf.fitting.calibration import LayerStatistics, Moments, Statistics, calibrate
@@ -85,18 +86,44 @@ def test_batches_make_no_difference(monkeypatch, size):
 
 
 def test_only_one_layers_grams_are_alive(monkeypatch):
+    """Two, and three times as many while four shards are added as a tree."""
     living = track_grams(monkeypatch)
     _, decoder = dense_weights()
-    stream = calibrate(decoder, tokens())
+    stream = calibrate(decoder, tokens(6, 10))
     for _ in range(4):
         layer = next(stream)
-        assert living() == living.peak == 2
+        assert living() == 2 and living.peak == 6
         del layer
-    # A caller that holds on to one layer has two, so the count can tell.
-    stream = calibrate(decoder, tokens())
+    # A caller that holds on to one layer has two more, so the count can tell.
+    stream = calibrate(decoder, tokens(6, 10))
     kept = next(stream)
     next(stream)
-    assert kept is not None and living.peak == 4
+    assert kept is not None and living.peak == 8
+
+
+def test_sums_do_not_depend_on_how_many_processes_the_shards_are_on():
+    """Each process's branch summed on its own, then the branches: the same bits on one to four. Added one after the
+    other they are not, so that equal bits say something."""
+    leaves = [torch.randn(50, 50) for _ in range(4)]
+
+    def tree(span: range, parts: dict[range, torch.Tensor]) -> torch.Tensor:
+        if span in parts:
+            return parts[span]
+        left, right = ranks.halves(span)
+        return tree(left, parts) + tree(right, parts)
+
+    alone = tree(range(4), {range(at, at + 1): leaf for at, leaf in enumerate(leaves)})
+    for processes in range(1, 5):
+        spans = ranks.subtrees(4, processes)
+        branches = {span: tree(span, {range(at, at + 1): leaves[at] for at in span}) for span in spans}
+        assert len(spans) == processes and [at for span in spans for at in span] == [0, 1, 2, 3]
+        assert torch.equal(ranks.folded(range(4), branches), alone)
+    assert not torch.equal(((leaves[0] + leaves[1]) + leaves[2]) + leaves[3], alone)
+
+
+def test_more_processes_than_shards_have_none():
+    assert ranks.subtrees(3, 5) == [range(1), range(1, 2), range(2, 3), range(3, 3), range(3, 3)]
+    assert ranks.subtrees(8, 5) == [range(1), range(1, 2), range(2, 4), range(4, 6), range(6, 8)]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

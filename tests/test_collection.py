@@ -12,9 +12,10 @@ from factories import dense_weights, quick_learning, random_ranking, synthetic_l
 
 from ppf.fast.permute import permuted
 from ppf.fitting import collection
-from ppf.fitting.collection import collect, learn, schedule
+from ppf.fitting.collection import collect, schedule
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
+from ppf.fitting.learning import learn
 from ppf.fitting.run.settings import MINIMUM_EVALUATIONS
 from ppf.model.grid import Grid
 

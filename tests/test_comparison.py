@@ -160,7 +160,7 @@ def test_flaps_biases_are_the_mean_of_what_was_removed(folder):
     """With the mean of every removed channel given back, a model whose channels are constant loses nothing."""
     run = Run(folder / "run")
     session, moments = Session(run), [run.moments(index) for index in range(run.structure.layers)]
-    ranking = _ranking(session, "flap-wifv", moments)
+    ranking = _ranking(session.decoder, "flap-wifv", moments)
     decoder = permuted(session.decoder, ranking)
     policy = Policy([3, 2, 3, 3], [64, 64, 32, 64])
     biases = _biases(decoder, ranking, moments, policy)

@@ -48,7 +48,10 @@ QUICK_SEARCH = "--search 2"
 # Has a test of its own, which takes minutes.
 TESTED_ELSEWHERE = ("demo",)
 # Other people's programs; the pages may name them, this test does not run them.
-FOREIGN = ("git", "llama-cli", "llama-server", "lm_eval", "make", "pip", "pre-commit", "python", "vllm", "cd", "curl")
+FOREIGN = (
+    "git", "llama-cli", "llama-server", "lm_eval", "make", "pip", "pre-commit", "python", "torchrun", "vllm",
+    "cd", "curl",
+)  # fmt: skip
 MARKS = {"gpu", "7b", "install"}
 
 
@@ -136,6 +139,9 @@ def check_foreign(block: Block, program: str, arguments: list[str]) -> None:
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
         for wanted in re.findall(r"(?:ppf|\.)\[([\w,]+)\]", " ".join(arguments)):
             assert set(wanted.split(",")) <= set(extras), f"{block.where}: {wanted}"
+    if program == "torchrun":
+        assert arguments.count("-m") == 1 and arguments[arguments.index("-m") + 1] == "ppf", block.where
+        understood(block, arguments[arguments.index("-m") + 2 :])
     if program == "python" and arguments[0].endswith(".py"):
         assert (ROOT / arguments[0]).exists(), f"{block.where}: {arguments[0]}"
 

@@ -14,7 +14,6 @@ from ppf.errors import InputError
 from ppf.families import families
 from ppf.fast import batched
 from ppf.fast.permute import identity, permuted
-from ppf.fast.plan import executed, order, shared, walk
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.library import Library
 from ppf.model.build import pruned_config
@@ -192,28 +191,10 @@ def population(grid: Grid, count: int = 12) -> list[Policy]:
     return [*grid.decode(torch.cat((parents, mutants, late))), grid.dense(), grid.decode(parents[:1])[0]]
 
 
-def test_walks_start_where_an_earlier_policy_was_left():
-    _, decoder = dense_weights()
-    grid = Grid(decoder.structure, 8)
-    levels = [executed(row) for row in grid.encode(population(grid)).tolist()]
-    dense, held = executed(grid.maximum), {}
-    steps = walk(levels, dense)
-    assert sorted(step.index for step in steps) == list(range(len(levels)))
-    for at, step in enumerate(steps):
-        row = levels[step.index]
-        held = {depth: prefix for depth, prefix in held.items() if depth <= step.start}
-        assert held.get(step.start, dense[: step.start]) == row[: step.start]
-        if at:  # as deep as with the policy before: the deepest there is, in sorted order
-            assert step.start == max(shared(row, levels[other.index]) for other in steps[:at])
-        held |= {depth: row[:depth] for depth in step.keep}
-    assert sum(step.start for step in steps) > 0.2 * len(levels) * len(dense)
-    assert order([[1, 2], [3, 0], [1, 3]]) == [1, 2, 0] and walk([], dense) == []
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "half of a Llama"])
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 def test_policies_do_not_depend_on_their_company(monkeypatch, name, limit):
-    monkeypatch.setattr("ppf.fitting.evaluation.serial._DENSE_BYTES", limit)
+    monkeypatch.setattr("ppf.fast.layer_major._DENSE_BYTES", limit)
     decoder = Decoder.of_model(MODELS[name]())
 
     def fresh() -> Evaluator:
@@ -271,8 +252,8 @@ def to_cuda(decoder: Decoder) -> Decoder:
 
 
 def library_to_cuda(library: Library, dtype: torch.dtype) -> Library:
-    moved = [replace(r, dense=r.dense.cuda(), half=r.half.cuda(), inverse=r.inverse.cuda()) for r in library._refits]
-    return Library(moved, dtype)
+    factors = [{name: tensor.cuda() for name, tensor in layer.items()} for layer in library._factors]
+    return Library(to_cuda(library.decoder), library.grid, factors, dtype)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from structures import irregular_structure, llama_structure
 
 from ppf.choose.candidates.sampling import random_levels, random_ratios, uniform_policy
 from ppf.errors import InputError, PPFError
-from ppf.fitting.collection import learn
+from ppf.fitting.learning import learn
 from ppf.fitting.search.exploration import check_evaluations, frontier, initial_proposals, next_proposals
 from ppf.model.grid import Grid
 

@@ -1,181 +1,296 @@
-"""The grouped ops: every group of tokens meets its own prefix of the weights. All against fp64, beside torch."""
+"""The grouped ops: every state of a wave at its own width. Kernels against the references in fp64, beside torch."""
+
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from kernel_cases import DEVICE, DTYPES, INTERPRETED, interpreted, on_kernels, within_twice
+from kernel_cases import DEVICE, DTYPES, INTERPRETED, error, interpreted, on_kernels
 
 from ppf.errors import InputError
-from ppf.fast.ops.grouped import grouped_masked_linear, grouped_masked_swiglu
+from ppf.fast.ops import grouped as ops
 
-HIDDEN, CHANNELS, TOKENS = 192, 320, 70
-TILE = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
+LENGTH, SEQUENCES, HIDDEN, CHANNELS, GROUPS = 35, 2, 72, 104, 3
+TOKENS = LENGTH * SEQUENCES
+# Both ways to launch: programs that walk over several tiles, and one a tile.
+WALK = {"BM": 32, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2, "programs": 1}
+EACH = WALK | {"BM": 16, "BN": 32, "programs": 0}
 
 
 def draw(*shape, dtype, scale=1.0):
-    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
 
 
-def linear_case(side, widths, form, dtype=torch.bfloat16, inputs=HIDDEN, outputs=CHANNELS):
-    """x, weight(s) in ``form`` (shared, stacked, list) and, per group, the product and the fp64 product."""
-    x = draw(len(widths), TOKENS, inputs, dtype=dtype)
-    weights = draw(1 if form == "shared" else len(widths), outputs, inputs, dtype=dtype, scale=inputs**-0.5)
-    products = []
-    for p, width in enumerate(widths):
-        weight = weights[p % len(weights)]
-        kept = weight[:width] if side == "output" else weight[:, :width]
-        part = x[p] if side == "output" else x[p, :, :width]
-        products.append((F.linear(part, kept), F.linear(part.double(), kept.double())))
-    return x, {"shared": weights[0], "stacked": weights, "list": [w.clone() for w in weights]}[form], products
+def norm_of(size, dtype):
+    return 1 + draw(size, dtype=dtype, scale=0.2)
 
 
-def hidden(x, gate, up):
-    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+def norm_case(dtype, norm_dtype=None):
+    return draw(4, TOKENS, HIDDEN, dtype=dtype), norm_of(HIDDEN, norm_dtype or dtype), [2, 0, 3], 1e-5
 
 
-def mlp_case(widths, dtype=torch.bfloat16):
-    """x, gate, up and a down for each group, each another multiple of the first."""
-    x, gate, up = draw(len(widths), TOKENS, HIDDEN, dtype=dtype), *draw(2, CHANNELS, HIDDEN, dtype=dtype, scale=0.07)
-    down = draw(HIDDEN, CHANNELS, dtype=dtype, scale=CHANNELS**-0.5)
-    return x, gate, up, torch.stack([down * (p + 1) for p in range(len(widths))])
+def heads_case(dtype, full=False, heads=2, d=16, groups=(3, 1, 2)):
+    """``full``: with all that a family may have."""
+    x, unit = draw(len(groups), TOKENS, HIDDEN, dtype=dtype), (heads + 2) * d
+    weight = draw(GROUPS * unit, HIDDEN, dtype=dtype, scale=HIDDEN**-0.5)
+    bias, head_norm = None, None
+    if full:
+        bias, head_norm = draw(len(weight), dtype=dtype), 2 * norm_of(unit, torch.float32)
+        head_norm[-d:] = 1
+    angle = torch.arange(LENGTH)[:, None] * 0.3 ** torch.arange(d // 2)
+    rows = [count * unit for count in groups]
+    cos, sin = (values.to(dtype).to(DEVICE) for values in (angle.cos(), angle.sin()))
+    return x, weight, bias, head_norm, cos, sin, rows, LENGTH, unit, 1e-5
 
 
-def mlp_products(x, gate, up, down, width):
-    """One group's MLP of its prefix in the dtype and in fp64."""
-    kept = gate[:width], up[:width], down[:, :width]
-    wide = [w.double() for w in kept]
-    return F.linear(hidden(x, *kept[:2]), kept[2]), F.linear(hidden(x.double(), *wide[:2]), wide[2])
+def attention_case(dtype, window=0, length=LENGTH, heads=2, d=16, groups=(3, 1, 2)):
+    qkv = draw(len(groups), SEQUENCES * length, GROUPS * (heads + 2) * d, dtype=dtype)
+    return qkv, list(groups), length, heads, d, d**-0.5, window
 
 
-def kept_part(y, side, p, width):
-    return y[p, :, :width] if side == "output" else y[p]
+def hidden_case(dtype, activation="silu", biased=False, widths=(104, 1, 40)):
+    x = draw(len(widths), TOKENS, HIDDEN, dtype=dtype)
+    weight = draw(2 * CHANNELS, HIDDEN, dtype=dtype, scale=HIDDEN**-0.5)
+    return x, weight, draw(2 * CHANNELS, dtype=dtype) if biased else None, list(widths), activation
 
 
-@pytest.mark.parametrize("form", ["shared", "stacked", "list"])
-@pytest.mark.parametrize("side", ["output", "input"])
-@pytest.mark.parametrize("widths", [[64, 192, 0], [1, 100, 192, 65, 128], [192]])
-def test_groups_stop_at_their_own_width(widths, side, form):
-    if side == "output" and form == "list" and len(widths) > 1:
-        pytest.skip("outputs take stacked weights")
-    x, weight, products = linear_case(side, widths, form)
-    if side == "input":
-        for p, width in enumerate(widths):
-            x[p, :, width:] = float("nan")  # what is pruned is not used
-    y = grouped_masked_linear(x, weight, widths, side=side)
-    for p, width in enumerate(widths):
-        assert side == "input" or not y[p, :, width:].any()
-        assert within_twice(kept_part(y, side, p, width), *products[p])
+def outputs_case(dtype, biased=False, residual=True, scale=1.0):
+    """Jobs of all widths, a source that goes on twice, and one that nothing is added to."""
+    widths = [104, 0, 24, 1, 65]
+    inner, x = draw(2, TOKENS, CHANNELS, dtype=dtype), draw(4, TOKENS, HIDDEN, dtype=dtype)
+    weights = draw(5, HIDDEN, CHANNELS, dtype=dtype, scale=CHANNELS**-0.5)
+    tables = [0, 0, 1, 1, 0], widths, [2, 0, 1, 3, 4], [3, 1, 1, 0, 2], [0, 4, 1, 3, 2]
+    for width, which in zip(widths, tables[2], strict=True):
+        weights[which, :, width:] = 0
+    y = torch.zeros(5, TOKENS, HIDDEN, dtype=dtype, device=DEVICE)
+    return y, x if residual else None, inner, weights, draw(HIDDEN, dtype=dtype) if biased else None, *tables, scale
 
 
-@pytest.mark.parametrize("side", ["output", "input"])
-def test_any_layout(side):
-    """Odd sizes, rows that start anywhere, tokens with gaps between: kernels or not, the same product."""
-    widths = [33, 101, 0]
-    x, weight, products = linear_case(side, widths, "shared", inputs=101, outputs=117)
-    gaps = torch.stack((x, x), 2).flatten(1, 2)[:, ::2]
-    shifted = F.pad(weight, (3, 0))[:, 3:]
-    for given, matrix in ((gaps, weight), (x, shifted), (gaps, shifted)):
-        y = grouped_masked_linear(given, matrix, widths, side=side)
-        for p, width in enumerate(widths):
-            assert within_twice(kept_part(y, side, p, width), *products[p])
+def residual_case(dtype, norm_dtype=None, scale=1.0):
+    x, given = draw(3, TOKENS, HIDDEN, dtype=dtype), draw(2, TOKENS, HIDDEN, dtype=dtype)
+    return x, given, norm_of(HIDDEN, norm_dtype or dtype), [2, 0, 0, 1], [1, -1, 0, 1], 1e-5, scale
 
 
-@pytest.mark.parametrize("side", ["output", "input"])
-def test_one_unit_more_is_noticed(side):
-    """Negative control: the products of one group, one unit wider, fail the checks above, and only that group's."""
-    widths, wrong = [64, 100], [64, 101]
-    x, weight, products = linear_case(side, widths, "shared")
-    y = grouped_masked_linear(x, weight, wrong, side=side)
-    assert within_twice(kept_part(y, side, 0, 64), *products[0])
-    if side == "output":
-        assert y[1, :, 100:].any()
-    else:
-        assert not within_twice(y[1], *products[1])
+def losses_case(dtype, vocabulary=150, scale=1.0, cap=None):
+    head = draw(vocabulary, HIDDEN, dtype=dtype, scale=0.3)
+    targets = torch.randint(0, vocabulary, (TOKENS,), device=DEVICE)
+    return draw(3, TOKENS, HIDDEN, dtype=dtype), head, targets, LENGTH, scale, cap
 
 
-@pytest.mark.parametrize("form", ["shared", "stacked", "list"])
-@pytest.mark.parametrize("widths", [[320, 64, 0], [100, 1, 256, 129]])
-def test_mlps(widths, form):
-    x, gate, up, downs = mlp_case(widths)
-    if form == "shared":
-        downs = downs[:1].expand_as(downs)
-    given = {"shared": downs[0], "stacked": downs, "list": list(downs.unbind())}[form]
-    y = grouped_masked_swiglu(x, gate, up, given, widths)
-    for p, width in enumerate(widths):
-        assert within_twice(y[p], *mlp_products(x[p], gate, up, downs[p], width))
+# Lengths that end within a tile and that do not; windows within a tile, and so long that queries see tiles whole.
+CASES = {
+    "norm": norm_case,
+    "norm, fp32 weight": partial(norm_case, norm_dtype=torch.float32),
+    "heads": heads_case,
+    "heads, all": partial(heads_case, full=True),
+    "heads, of 32": partial(heads_case, full=True, heads=1, d=32, groups=(1,)),
+    "attention": attention_case,
+    "attention, whole tiles": partial(attention_case, length=64),
+    "attention, window 3": partial(attention_case, window=3),
+    "attention, window 50": partial(attention_case, window=50, length=100),
+    "attention, one head": partial(attention_case, heads=1, d=32, groups=(2,)),
+    "hidden": hidden_case,
+    "hidden, biases": partial(hidden_case, biased=True),
+    "hidden, gelu": partial(hidden_case, activation="gelu"),
+    "hidden, gelu tanh": partial(hidden_case, activation="gelu_pytorch_tanh"),
+    "outputs": outputs_case,
+    "outputs, bias and scale": partial(outputs_case, biased=True, scale=0.5),
+    "outputs, product only": partial(outputs_case, biased=True, residual=False),
+    "residual": residual_case,
+    "residual, fp32 weight, scale": partial(residual_case, norm_dtype=torch.float32, scale=0.5),
+    "losses": losses_case,
+    "losses, whole tiles": partial(losses_case, vocabulary=128),
+    "losses, transformed": partial(losses_case, scale=2.0, cap=3.0),
+}
+# Where every op has what may be left out, and what stands there then.
+OPTIONAL = {
+    "norm": {}, "attention": {6: 0}, "residual": {6: 1.0}, "losses": {4: 1.0, 5: None},
+    "heads": {2: None, 3: None}, "hidden": {2: None, 4: "silu"}, "outputs": {4: None, 10: 1.0},
+}  # fmt: skip
+TABLES = {"norm": [2], "attention": [1], "residual": [3, 4], "losses": [], "heads": [6], "hidden": [3],
+          "outputs": [5, 7, 8]}  # fmt: skip
 
 
-def test_one_channel_more_is_noticed():
-    x, gate, up, downs = mlp_case([64, 100])
-    y = grouped_masked_swiglu(x, gate, up, downs, [64, 101])
-    assert within_twice(y[0], *mlp_products(x[0], gate, up, downs[0], 64))
-    assert not within_twice(y[1], *mlp_products(x[1], gate, up, downs[1], 100))
-    assert within_twice(y[1], *mlp_products(x[1], gate, up, downs[1], 101))
+def wide(arguments):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
 
 
-def test_ops_are_well_formed():
-    x, weight, _ = linear_case("input", [64, 100], "list")
-    torch.library.opcheck(torch.ops.ppf.grouped_inputs, (x, weight, [64, 100]))
-    torch.library.opcheck(torch.ops.ppf.grouped_outputs, (x, weight[0], [64, 100]))
-    # Both widths end in the same step of 64: past a group's own step the kernel leaves anything.
-    torch.library.opcheck(torch.ops.ppf.grouped_gate_up, (x, weight[0], weight[1], [128, 100]))
+def reference(name, arguments):
+    """What the reference gives; of outputs, what it wrote."""
+    arguments = [arguments[0].clone(), *arguments[1:]] if name == "outputs" else arguments
+    found = getattr(ops, f"{name}_reference")(*arguments)
+    return arguments[0] if name == "outputs" else found
 
 
-@pytest.mark.parametrize(
-    ("make", "field"),
-    [
-        (lambda: grouped_masked_linear(torch.ones(2, 3, 8), torch.ones(4, 8), [1]), "x"),
-        (lambda: grouped_masked_linear(torch.ones(2, 3, 8), torch.ones(4, 8), [1, 5]), "weight"),
-        (lambda: grouped_masked_linear(torch.ones(2, 3, 8), torch.ones(4, 8).half(), [1, 2]), "weight"),
-        (lambda: grouped_masked_linear(torch.ones(2, 3, 8), torch.ones(4, 8), [1, -1]), "widths"),
-        (lambda: grouped_masked_linear(torch.ones(1, 3, 8), torch.ones(4, 8), [1], side="left"), "side"),
-        (lambda: grouped_masked_linear(torch.ones(1, 3, 8), torch.ones(4, 9), [9], side="input"), "x"),
-        (lambda: grouped_masked_swiglu(torch.ones(1, 3, 8), *torch.ones(2, 6, 8), torch.ones(8, 5), [6]), "down"),
-        (lambda: grouped_masked_swiglu(torch.ones(1, 3, 8), *map(torch.ones, ((6, 8), (5, 8), (8, 6))), [5]), "up"),
-    ],
-)
-def test_bad_input_is_named(make, field):
+def widths_of(name, arguments):
+    """The columns of every state that are its own."""
+    if name == "heads":
+        return arguments[6]
+    return [count * arguments[3] * arguments[4] for count in arguments[1]] if name == "attention" else None
+
+
+def kept(name, arguments, value):
+    """What is defined, and zero past it, as the references have it."""
+    widths = widths_of(name, arguments)
+    if name == "hidden":
+        widths = [-(-width // 64) * 64 for width in arguments[3]]  # zeros in a state's last step are checked
+    if widths is None:
+        return value
+    own = torch.arange(value.shape[2], device=DEVICE) < torch.tensor(widths, device=DEVICE)[:, None, None]
+    return torch.where(own, value, 0)
+
+
+def poisoned(name, arguments):
+    """With NaN wherever a kernel must not look: past the widths of its inputs."""
+    given = list(arguments)
+    if name == "attention":
+        qkv, groups, _, heads, d, *_ = arguments
+        own = torch.arange(qkv.shape[2], device=DEVICE) < (heads + 2) * d * torch.tensor(groups, device=DEVICE)[:, None]
+        given[0] = torch.where(own[:, None], qkv, torch.nan).contiguous()
+    if name == "outputs":  # of every inner state, zeros from its widest job to the end of the step, then anything
+        inner = torch.full((2, TOKENS, 192), torch.nan, dtype=arguments[2].dtype, device=DEVICE)
+        for state, (width, step) in enumerate(((104, 128), (24, 64))):
+            inner[state, :, :step] = 0
+            inner[state, :, :width] = arguments[2][state, :, :width]
+        given[2] = inner
+    return given
+
+
+def launch(name, arguments, config):
+    """The kernel of an op with these tiles."""
+    from ppf.kernels import grouped, grouped_attention, grouped_losses, grouped_rows
+
+    if name == "outputs":
+        y, *others, scale = arguments
+        y = y.clone()
+        grouped.outputs(y, *others[:4], others[4:], scale, config)
+        return y
+    modules = {"norm": grouped_rows, "residual": grouped_rows, "attention": grouped_attention, "losses": grouped_losses}
+    return getattr(modules.get(name, grouped), name)(*arguments, config=config)
+
+
+def tiles_of(name, which):
+    if which == "default":
+        return None
+    tile = WALK if which == "walk" else EACH
+    if name in ("norm", "residual"):
+        return {"ROWS": 4 if which == "walk" else 1, "num_warps": 4}
+    if name == "attention":
+        return {"BM": 32, "BN": 16 if which == "walk" else 32, "num_warps": 4, "num_stages": 2}
+    if name in ("outputs", "hidden") and which == "each":  # tiles of 48 rows of a weight
+        tile = tile | {"TAIL": 16}
+    return {k: v for k, v in tile.items() if k != "programs"} if name == "losses" else tile
+
+
+@on_kernels
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiles", ["walk", "each", "default"])
+def test_kernels_are_as_exact_as_torch(case, dtype, tiles):
+    name = case.split(",")[0]
+    if INTERPRETED and (tiles == "default" or (tiles == "each" and name in ("norm", "residual", "losses"))):
+        pytest.skip("the default tiles are for GPUs, and the interpreter is slow")
+    arguments = CASES[case](dtype)
+    given = arguments if name == "outputs" and tiles == "each" else poisoned(name, arguments)
+    found = kept(name, arguments, launch(name, given, tiles_of(name, tiles)))
+    wanted, torchs = reference(name, wide(arguments)), reference(name, arguments)
+    floor = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-22}[dtype]
+    assert error(found, wanted) <= 2 * max(error(torchs, wanted), floor / 2)
+    # Negative control: what another state has, or another family, gives another result.
+    for wrong in wrong_arguments(name, arguments):
+        assert error(reference(name, wide(wrong)), wanted) > 0.01
+
+
+def wrong_arguments(name, arguments):
+    """With another state's tables, and with each optional thing left out."""
+    for at in TABLES[name]:
+        if len(set(arguments[at])) > 1 and not (name == "outputs" and at == 8 and arguments[1] is None):
+            yield [*arguments[:at], arguments[at][::-1], *arguments[at + 1 :]]
+    for at, missing in OPTIONAL[name].items():
+        if arguments[at] is not missing and arguments[at] != missing:
+            yield [*arguments[:at], missing, *arguments[at + 1 :]]
+
+
+def test_matrices_are_stacked():
+    weights = [draw(40, width, dtype=torch.float32) for width in (24, 0, 72)]
+    weights.append(draw(40, 30, dtype=torch.float32)[:, 5:12])
+    found = torch.ops.ppf.grouped_stack(weights, 72)
+    for weight, stacked in zip(weights, found, strict=True):
+        assert torch.equal(stacked[:, : weight.shape[1]], weight) and not stacked[:, weight.shape[1] :].any()
+
+
+@on_kernels
+@pytest.mark.parametrize("shift", [0, 1])
+def test_kernels_stack_matrices(shift):
+    """Matrices of other pitches, at any place."""
+    from ppf.kernels import grouped_rows
+
+    columns = draw(40, 700, dtype=DTYPES[0])
+    weights = [draw(40, 24, dtype=DTYPES[0]), columns[:, shift : shift + 600], columns[:, 64 : 64 + 8]]
+    assert torch.equal(grouped_rows.stack(weights, 608), ops.stack_reference(weights, 608))
+
+
+def test_what_is_overwritten_may_be_its_own_source():
+    _, x, *others = outputs_case(torch.float32)
+    tables = [0, 1], [104, 24], [2, 1], [3, 1], [3, 1]
+    separate, aliased = torch.zeros_like(x), x.clone()
+    torch.ops.ppf.grouped_outputs(separate, x, *others[:3], *tables, 1.0)
+    torch.ops.ppf.grouped_outputs(aliased, aliased, *others[:3], *tables, 1.0)
+    assert torch.equal(aliased[[3, 1]], separate[[3, 1]]) and torch.equal(aliased[[0, 2]], x[[0, 2]])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("heads", "attention", "hidden"))])
+def test_ops_are_well_formed(case):
+    """Those without columns that a kernel leaves undefined."""
+    arguments = CASES[case](torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.ppf, f"grouped_{case.split(',')[0]}"), tuple(arguments))
+
+
+def changed(case, at, value):
+    arguments = list(CASES[case](torch.float32))
+    arguments[at] = value(arguments[at]) if callable(value) else value
+    return f"grouped_{case}", arguments
+
+
+BAD = [
+    ("norm", 2, [4], "states"),
+    ("norm", 2, [], "states"),
+    ("heads", 6, [192, 64], "rows"),
+    ("heads", 6, [192, 64, 65], "rows"),
+    ("heads", 6, [256, 64, 64], "rows"),
+    ("heads", 7, 36, "length"),
+    ("heads", 1, lambda w: w.half(), "weight"),
+    ("heads", 0, lambda x: x.mT.contiguous().mT, "x"),
+    ("attention", 1, [4, 1, 1], "groups"),
+    ("attention", 1, [0, 1, 1], "groups"),
+    ("hidden", 3, [105, 1, 1], "widths"),
+    ("hidden", 4, "relu", "activation"),
+    ("outputs", 0, lambda y: y[:4], "targets"),
+    ("outputs", 5, [2, 0, 0, 0, 0], "inners"),
+    ("outputs", 6, [105, 0, 0, 0, 0], "widths"),
+    ("outputs", 6, [104, 0, 0, 0], "widths"),
+    ("outputs", 7, [-1, 0, 0, 0, 0], "which"),
+    ("outputs", 8, [4, 0, 0, 0, 0], "sources"),
+    ("outputs", 9, [0, 0, 1, 2, 3], "targets"),
+    ("outputs", 3, lambda w: w[:, 1:], "weights"),
+    ("residual", 4, [2, 0, 0, 0], "which"),
+    ("residual", 3, [3, 0, 0, 0], "sources"),
+    ("losses", 2, lambda t: t[1:], "targets"),
+    ("losses", 1, lambda h: h[:, 1:], "weight"),
+]
+
+
+@pytest.mark.parametrize(("case", "at", "value", "field"), BAD)
+def test_bad_input_is_named(case, at, value, field):
+    name, arguments = changed(case, at, value)
     with pytest.raises(InputError) as caught:
-        make()
+        getattr(torch.ops.ppf, name)(*arguments)
     assert caught.value.field == field
 
 
-# Kernels, launched directly: on a GPU, or under the interpreter in a process of its own.
-
-
-@on_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["shared", "stacked", "list"])
-@pytest.mark.parametrize("side", ["output", "input"])
-def test_linear_kernels(side, form, dtype):
-    from ppf.kernels import grouped
-
-    if side == "output" and form == "list":
-        pytest.skip("outputs take stacked weights")
-    widths = (64, 0, 100, 192)
-    x, weight, products = linear_case(side, widths, form, dtype)
-    if side == "output":
-        y = grouped.outputs(x, weight, widths, TILE)
-    else:
-        y = grouped.inputs(x, weight if isinstance(weight, list) else [weight], widths, TILE)
-    for p, width in enumerate(widths):
-        assert within_twice(kept_part(y, side, p, width), *products[p])
-
-
-@on_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gate_up_kernel_zeroes_the_down_step(dtype):
-    """Past a group's width the hidden activations are zero up to the next multiple of 64."""
-    from ppf.kernels import grouped
-
-    widths = (64, 0, 100)
-    x, gate, up, _ = mlp_case(widths, dtype)
-    h = grouped.gate_up(x, gate, up, widths, TILE)
-    for p, width in enumerate(widths):
-        kept = gate[:width], up[:width]
-        exact = hidden(x[p].double(), *(w.double() for w in kept))
-        assert within_twice(h[p, :, :width], hidden(x[p], *kept), exact)
-    assert not h[2, :, 100:128].any()
+def test_sources_of_others_are_not_overwritten():
+    _, x, *others = outputs_case(torch.float32)
+    with pytest.raises(InputError, match="overwrite sources"):
+        torch.ops.ppf.grouped_outputs(x, x, *others[:3], [0, 1], [8, 8], [0, 0], [0, 1], [1, 0], 1.0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run directly here")

@@ -69,3 +69,17 @@ def test_half_precision_losses_are_fp32():
     half = token_losses(decoder.to(torch.bfloat16).frame, hidden.bfloat16(), IDS)
     assert half.dtype == torch.float32
     assert (half - full).abs().mean() < 0.05 * full.mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale, cap", [(1.0, None), (4.0, None), (1.0, 3.0)])
+def test_losses_without_logits_in_memory_are_as_exact(scale, cap):
+    """In bf16 on a GPU, against the way that a gradient takes, which writes logits."""
+    normed, head = torch.randn(3, 24, 64).bfloat16(), (0.3 * torch.randn(300, 64)).bfloat16()
+    wanted = exact(logits(normed.double(), head.double(), scale, cap))
+    ids = IDS.cuda()
+    fused = head_losses(normed.cuda(), head.cuda(), ids, scale, cap)
+    written = head_losses(normed.cuda().requires_grad_(), head.cuda(), ids, scale, cap).detach()
+    assert fused.shape == written.shape and fused.dtype == written.dtype == torch.float32
+    wrong = [float((found.cpu().double() - wanted).norm()) for found in (fused, written)]
+    assert wrong[0] <= 2 * max(wrong[1], 1e-3 * float(wanted.norm())) and not torch.equal(fused, written)

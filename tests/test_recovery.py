@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from ppf import InputError, PPFError, RecoverySettings, Run, Session, Settings, checkpoint, fit, recover
 from ppf.deliver.recovery import training
 from ppf.deliver.recovery.corpus import Corpus
+from ppf.deliver.recovery.head import Head, hidden_states
 from ppf.deliver.recovery.methods import Student
 from ppf.deliver.recovery.objective import Objective
 from ppf.deliver.results import Choice, choose, deliver
@@ -185,7 +186,8 @@ def test_distillation_brings_it_nearer_to_the_dense_model(pruned, tiny_run, text
         settings = RecoverySettings("full", **(SMALL | {"distillation": share}))
         recover(pruned / "uniform", text, tmp_path / str(share), settings=settings, device="cpu")
         with torch.no_grad():
-            distances[share] = float(Objective(dense, 1.0)(checkpoint.load(tmp_path / str(share)), ids))
+            recovered = checkpoint.load(tmp_path / str(share))
+            distances[share] = float(Objective(Head.of(dense), 1.0)(recovered, ids, hidden_states(dense, ids)))
     assert distances[1.0] < 0.9 * distances[0.0]
 
 
@@ -354,7 +356,7 @@ def test_a_damaged_state_and_foreign_folders_are_refused(pruned, text, tmp_path)
 
 
 def test_a_diverged_training_says_so_and_keeps_the_last_good_state(pruned, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Objective, "__call__", lambda self, student, ids: student(ids).logits.sum() * math.nan)
+    monkeypatch.setattr(Objective, "__call__", lambda self, student, ids, taught: student(ids).logits.sum() * math.nan)
     settings = RecoverySettings("norms", **SMALL)
     with pytest.raises(PPFError, match="no longer finite.*learning-rate"):
         recover(pruned / "non-uniform", text, tmp_path / "out", settings=settings, device="cpu")

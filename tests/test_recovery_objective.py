@@ -7,6 +7,7 @@ from factories import config_of, llama, llama_config, tokens
 
 from ppf.deliver.recovery import objective
 from ppf.deliver.recovery.corpus import Corpus
+from ppf.deliver.recovery.head import Head, hidden_states
 from ppf.deliver.recovery.objective import Objective
 from ppf.deliver.recovery.training import schedule
 
@@ -31,7 +32,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(monkeypatch, block, 
     monkeypatch.setattr(objective, "_LOGITS", block)
     config = config_of(family, num_hidden_layers=2)
     student, teacher, ids = llama(config, 1), llama(config, 2), tokens(2, 12)
-    loss = Objective(teacher, weight)(student, ids)
+    loss = Objective(Head.of(teacher), weight)(student, ids, hidden_states(teacher, ids).detach())
     expected = reference_loss(student, teacher, ids, weight)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     weights = student.model.layers[0].mlp.down_proj.weight
@@ -42,8 +43,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(monkeypatch, block, 
 @torch.no_grad()
 def test_a_student_like_its_teacher_has_nothing_to_learn_from_it():
     model, other, ids = llama(llama_config(), 1), llama(llama_config(), 2), tokens(2, 12)
-    assert float(Objective(model, 1.0)(model, ids)) == pytest.approx(0, abs=1e-3)
-    assert float(Objective(other, 1.0)(model, ids)) > 10
+    assert float(Objective(Head.of(model), 1.0)(model, ids, hidden_states(model, ids))) == pytest.approx(0, abs=1e-3)
+    assert float(Objective(Head.of(other), 1.0)(model, ids, hidden_states(other, ids))) > 10
     # Without a teacher it is the text's cross-entropy.
     expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     assert float(Objective(None, 0.5)(model, ids)) == pytest.approx(float(expected), rel=1e-5)

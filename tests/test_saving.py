@@ -138,7 +138,7 @@ def test_failed_save_leaves_nothing_behind(pruned, tmp_path, monkeypatch, failur
         out.mkdir(parents=True)
         (out / "precious").write_text("x")
 
-    def fail(folder, *_):
+    def fail(folder, **_):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise failure
 

@@ -11,10 +11,11 @@ from ppf.choose.candidates.breeding import Effort
 from ppf.choose.predictor import make_predictor
 from ppf.errors import InputError
 from ppf.fast.permute import permuted
-from ppf.fitting.collection import Fitted, Learning, collect, learn
+from ppf.fitting.collection import collect
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.evaluation.measurement import measure
 from ppf.fitting.experience import Experience
+from ppf.fitting.learning import Fitted, Learning, learn
 from ppf.fitting.search import SEARCH_ROUND, Search
 from ppf.model.build import pruned_config
 from ppf.model.decoder import Decoder

@@ -212,7 +212,7 @@ def test_a_tower_saved_alone_is_a_language_model(tmp_path):
 
 def test_large_results_are_written_in_shards(tmp_path, monkeypatch):
     gemma(tmp_path / "in")
-    monkeypatch.setattr(writing, "_SHARD", "20KB")
+    monkeypatch.setattr(writing, "SHARD_BYTES", 20_000)
     tower = rewritten(tmp_path / "in", OTHER, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")

@@ -2,9 +2,9 @@
 
 from .checks import check_checkpoint, read_config
 from .hashes import fingerprint, verify
-from .reading import load, load_decoder, load_generation_config, load_tokenizer, resolve_device
+from .reading import load, load_decoder, load_generation_config, load_or_stream, load_tokenizer, resolve_device
 from .source import Checkpoint
-from .writing import save
+from .writing import save, save_stream
 
 __all__ = [
     "Checkpoint",
@@ -13,9 +13,11 @@ __all__ = [
     "load",
     "load_decoder",
     "load_generation_config",
+    "load_or_stream",
     "load_tokenizer",
     "read_config",
     "resolve_device",
     "save",
+    "save_stream",
     "verify",
 ]

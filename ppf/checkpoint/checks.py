@@ -16,6 +16,7 @@ from ..model.build import LAYERS, check_shapes, expected_tensors
 from ..model.frame import Frame
 from ..model.geometry import structure_of
 from ..model.reference import Reference
+from ..timings import timed
 from .blame import CORRECT, attempt, shown
 from .contents import Contents, make_config, read_contents
 from .headers import READ, REPORT, StoredTensor, existing_folder
@@ -35,6 +36,7 @@ def check_checkpoint(path: str | Path) -> PreTrainedConfig:
     return check_contents(existing_folder(path)).config
 
 
+@timed("checking")
 def check_contents(folder: Path) -> Contents:
     """What ``folder`` holds, checked as :func:`check_checkpoint` says."""
     contents, file = read_contents(folder), folder / "config.json"

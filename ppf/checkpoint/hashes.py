@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..timings import timed
 from .contents import read_contents
 from .headers import REPORT, existing_folder, read_json, weight_files
 
 _BLOCK = 4 << 20
+_THREADS = 8
+# A file system's clock ticks every few milliseconds: of a file written just now, a later change might not show.
+_SETTLED = 2_000_000_000
+# What was hashed before in this process: a command asks for the same weights several times.
+_known: dict[tuple[str, int, int, int, int], str] = {}
 
 # Fields of a configuration that do not change what the weights compute.
 _LABELS = {
@@ -23,7 +32,32 @@ _LABELS = {
 
 
 def sha256_of(file: Path) -> str:
-    """Hexadecimal SHA-256 of ``file``, read in blocks of 4 MiB."""
+    """Hexadecimal SHA-256 of ``file``, read in blocks of 4 MiB.
+
+    A file that this process has hashed before is not read again while path, inode, size and times are the same.
+    """
+    return _sha256s([file])[0]
+
+
+@timed("hashing")
+def _sha256s(files: Sequence[Path]) -> list[str]:
+    """:func:`sha256_of` every file, several at a time: hashing leaves Python's lock to others."""
+    with ThreadPoolExecutor(max_workers=max(1, min(_THREADS, len(files)))) as pool:
+        return list(pool.map(_sha256_of, files))
+
+
+def _sha256_of(file: Path) -> str:
+    state = file.stat()
+    key = str(file.absolute()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+    if key not in _known:
+        found = _digest(file)
+        if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < _SETTLED:
+            return found
+        _known[key] = found
+    return _known[key]
+
+
+def _digest(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -39,8 +73,9 @@ def fingerprint(path: str | Path) -> str:
     """
     folder = existing_folder(path)
     digest = hashlib.sha256(json.dumps(_computed(folder), sort_keys=True, default=str).encode())
-    for file in weight_files(folder):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    files = weight_files(folder)
+    for file, found in zip(files, _sha256s(files), strict=True):
+        digest.update(f"{file.name} {found}\n".encode())
     return digest.hexdigest()
 
 
@@ -55,7 +90,8 @@ def _computed(folder: Path) -> dict[str, Any]:
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """{name: SHA-256} of every file in ``folder`` except its report."""
-    return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != REPORT}
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name != REPORT]
+    return dict(zip((file.name for file in files), _sha256s(files), strict=True))
 
 
 def verify(path: str | Path) -> bool:
@@ -73,10 +109,12 @@ def verify(path: str | Path) -> bool:
     changed = "changed since PPF wrote it:"
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         raise InputError("file", folder / REPORT, "its list of files is not {name: sha256}", remedy)
-    for name, recorded in files.items():
+    for name in files:
         if not (folder / name).is_file():
             raise InputError("file", folder / name, f"{changed} listed in {REPORT}, but does not exist", remedy)
-        if sha256_of(folder / name) != recorded:
+    found = _sha256s([folder / name for name in files])
+    for (name, recorded), sha256 in zip(files.items(), found, strict=True):
+        if sha256 != recorded:
             raise InputError("file", folder / name, f"{changed} not the SHA-256 that {REPORT} records", remedy)
     for file in folder.glob("*.safetensors"):
         if file.name not in files:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import ranks
 from ..errors import InputError
 from ..model.build import build
 from ..model.decoder import Decoder
+from ..model.stream import Placement
 from .blame import attempt
 from .bounds import require_plain
 from .checks import read_config
 from .hashes import verify
 from .headers import existing_folder, read_json
+from .placing import fits
 from .source import Checkpoint
 
 GENERATION = "generation_config.json"
@@ -32,15 +35,32 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     does, for NaN or Inf weights, for an unknown dtype, and for a device that is not there.
     """
     target, opened = _open(path, device)
-    wanted = opened.resolve_dtype(dtype)
-    generation = load_generation_config(opened.folder)
-    return build(copy.deepcopy(opened.config), opened.state(target, wanted), wanted, generation)
+    return _model(opened, target, opened.resolve_dtype(dtype))
 
 
-def load_decoder(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> Decoder:
-    """The weights in ``path`` as plain tensors, whatever :func:`load` loads. Raises ``InputError`` as it does."""
+def load_decoder(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    placement: Placement | None = None,
+) -> Decoder:
+    """The weights in ``path`` as plain tensors, whatever :func:`load` loads; layers on ``device``, or streamed to it as
+    ``placement`` says. Raises ``InputError`` as :func:`load` does; about a layer that streams when it is first read.
+    """
     target, opened = _open(path, device)
-    return opened.decoder(target, dtype)
+    return opened.decoder(target, dtype, placement)
+
+
+def load_or_stream(
+    path: str | Path, device: str | torch.device, dtype: str | torch.dtype, placement: Placement
+) -> PreTrainedModel | Decoder:
+    """The model of :func:`load` if ``placement`` keeps its weights on ``device``, else the :func:`load_decoder` whose
+    layers stream. Raises ``InputError`` as these do."""
+    target, opened = _open(path, device)
+    wanted = opened.resolve_dtype(dtype)
+    if fits(opened, target, wanted, placement):
+        return _model(opened, target, wanted)
+    return opened.decoder(target, wanted, placement)
 
 
 def load_generation_config(path: str | Path) -> GenerationConfig | None:
@@ -72,9 +92,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``device`` ("auto" is CUDA if there is any, else the CPU). Raises ``InputError`` if it is not there."""
+    """``device`` ("auto" is CUDA if there is any, else the CPU). Raises ``InputError`` if it is not there.
+
+    In a job of several processes "cuda" is each one's own GPU.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return ranks.device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError):
@@ -85,13 +108,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= count:
         remedy = "Use --device cpu" if count == 0 else f"Use cuda:0 to cuda:{count - 1}"
         raise InputError("device", device, f"is not there: torch {torch.__version__} sees {count} GPUs", remedy)
-    return target
+    return ranks.device(target)
 
 
 def _open(path: str | Path, device: str | torch.device) -> tuple[torch.device, Checkpoint]:
     target, opened = resolve_device(device), Checkpoint(path)
     verify(opened.folder)
     return target, opened
+
+
+def _model(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    generation = load_generation_config(opened.folder)
+    return build(copy.deepcopy(opened.config), opened.state(device, dtype), dtype, generation)
 
 
 def _generation_config(data: Mapping[str, Any]) -> GenerationConfig:

@@ -15,8 +15,10 @@ from ..errors import InputError
 from ..families import Family
 from ..model.build import LAYERS, TIED
 from ..model.decoder import Decoder
+from ..model.stream import Placement
 from .checks import check_contents
 from .headers import StoredTensor, existing_folder
+from .placing import layers_of
 from .weights import finite, read_tensors
 from .wrapper import Wrapper
 
@@ -65,12 +67,16 @@ class Checkpoint:
         """All weights by their names in a text-only model."""
         return self._read(self.stored, device, dtype)
 
-    def decoder(self, device: str | torch.device, dtype: str | torch.dtype = "auto") -> Decoder:
-        """The whole model as plain tensors. Raises ``InputError`` for an unknown dtype."""
-        wanted = self.resolve_dtype(dtype)
+    def decoder(
+        self, device: str | torch.device, dtype: str | torch.dtype = "auto", placement: Placement | None = None
+    ) -> Decoder:
+        """The model as plain tensors, its layers where ``placement`` wants them. Raises ``InputError`` for an unknown
+        dtype."""
+        wanted, target = self.resolve_dtype(dtype), torch.device(device)
         config = copy.deepcopy(self.config)
         config.dtype = wanted
-        return Decoder.of_state(config, self.state(device, wanted))
+        layers, outer = layers_of(self, target, wanted, placement), self.outer(target, wanted)
+        return Decoder.of_layers(config, layers, outer)
 
     def resolve_dtype(self, dtype: str | torch.dtype = "auto") -> torch.dtype:
         """``dtype`` by name or itself; "auto" is the config's, else the embedding's. Raises ``InputError``."""

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .. import ranks
 from .bench import bench
 from .compare import compare
 from .console import errors
@@ -25,6 +26,7 @@ from .profile import profile
 from .prune import prune
 from .recover import recover
 from .report import report
+from .together import join, leave
 
 _show_others = warnings.showwarning
 
@@ -55,10 +57,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     """Structural pruning of decoder language models: fit once, then any size in milliseconds."""
     _quiet_transformers()
+    join(context.invoked_subcommand)
 
 
 def _quiet_transformers() -> None:
@@ -73,8 +77,11 @@ def _quiet_transformers() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
-    """PPF's own warnings, which begin with its name, in one line of the user's; others' as Python shows them."""
+    """PPF's own warnings, which begin with its name, in one line of the user's; others' as Python shows them. Only the
+    first of several processes warns."""
     text = str(message)
+    if not ranks.first():
+        return
     if text.startswith("ppf: "):
         errors.print(f"Note: {text.removeprefix('ppf: ')}", markup=False, highlight=False, soft_wrap=True)
     else:
@@ -84,4 +91,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: objec
 def main() -> None:
     """Entry point of the ``ppf`` command."""
     warnings.showwarning = _show_warning
-    app(prog_name="ppf")
+    try:
+        app(prog_name="ppf")
+    except SystemExit as stop:
+        leave(stop.code or 0)
+        raise

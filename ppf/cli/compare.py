@@ -11,10 +11,11 @@ from rich.table import Table
 
 from ..errors import InputError
 from .console import progress_bars, show
-from .options import Device, Json, Seed, TextFile
+from .options import Device, GpuMemoryGb, Json, Seed, TextFile, Timings, Weights, placement
 
 if TYPE_CHECKING:
     from ..fitting.session import Session
+    from ..model.stream import Placement
     from ..progress import Progress
 
 
@@ -34,18 +35,24 @@ def compare(
     ] = None,
     fit_evaluations: Annotated[int, typer.Option(help="For a MODEL: evaluations of the fit.")] = 600,
     device: Device = "auto",
+    weights: Weights = "auto",
+    gpu_memory_gb: GpuMemoryGb = None,
     seed: Seed = 0,
     as_json: Json = False,
+    timings: Timings = False,
 ) -> None:
     """Perplexity of PPF's and other methods' policies on a text that none of them was chosen on."""
+    from ..fitting.evaluation.together import led
     from ..lab.comparison import compare as compare_methods
     from ..lab.comparison import parse_methods
 
-    chosen, shares = parse_methods(methods), _ratios(ratios)
+    chosen, shares, place = parse_methods(methods), _ratios(ratios), placement(weights, gpu_memory_gb)
     with progress_bars() as progress:
-        session = _open(path, fit_text, fit_evaluations, output, device, seed, progress)
-        data = compare_methods(session, text, output, chosen, shares, tokens, seed, progress)
-    show(as_json, data, _title(data), _table(data), f"Page: {output / 'comparison.html'}")
+        session = _open(path, fit_text, fit_evaluations, output, device, place, seed, progress)
+        data = led(session, lambda: compare_methods(session, text, output, chosen, shares, tokens, seed, progress))
+    if data is None:  # the first process has it
+        return
+    show(as_json, data, _title(data), _table(data), f"Page: {output / 'comparison.html'}", timings=timings)
 
 
 def _ratios(text: str) -> list[float]:
@@ -56,8 +63,9 @@ def _ratios(text: str) -> list[float]:
 
 
 def _open(
-    path: Path, text: Path | None, evaluations: int, output: Path, device: str, seed: int, progress: Progress
-) -> Session:
+    path: Path, text: Path | None, evaluations: int, output: Path, device: str, place: Placement, seed: int,
+    progress: Progress,
+) -> Session:  # fmt: skip
     """The run at ``path``, or one fitted to the model at ``path`` that stands beside the comparison; with weights."""
     from ..fitting.run import Run, Settings
     from ..fitting.run.directory import MANIFEST
@@ -67,12 +75,13 @@ def _open(
     if (path / MANIFEST).exists():
         if text is not None:
             raise InputError("fit-text", text, "makes no sense with a run, which is fitted already", "Drop it")
-        return Session(Run(path), device)
+        return Session(Run(path), device, placement=place)
     if text is None:
         raise InputError("fit-text", "(none)", f"{path} is not a run and must be fitted", "Give --fit-text FILE")
     folder = output.with_name(output.name + "-run")
-    run = fit(path, text, folder, settings=Settings(evaluations, seed), device=device, progress=progress)
-    return Session(run, device)
+    settings = Settings(evaluations, seed)
+    run = fit(path, text, folder, settings=settings, device=device, placement=place, progress=progress)
+    return Session(run, device, placement=place)
 
 
 def _title(data: dict[str, Any]) -> str:

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 from rich.text import Text
 
-from ..progress import Progress
+from .. import ranks
+from ..progress import Progress, silent
+from ..timings import seconds
 
 errors = Console(stderr=True)
 """Standard error; it follows ``sys.stderr`` when that is replaced."""
@@ -42,8 +46,14 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2, allow_nan=False), file=sys.stdout)
 
 
-def show(as_json: bool, data: dict[str, Any], *renderables: RenderableType) -> None:
-    """A command's result: ``data`` for machines, or ``renderables`` for people."""
+def show(as_json: bool, data: dict[str, Any], *renderables: RenderableType, timings: bool = False) -> None:
+    """A command's result: ``data`` for machines, or ``renderables`` for people; with ``timings`` also the seconds of
+    every stage of this process, on standard error and in the JSON object. Of several processes the first one shows."""
+    if not ranks.first():
+        return
+    if timings:
+        data = data | {"timings": seconds()}
+        errors.print(_timings_table(data["timings"]))
     if as_json:
         print_json(data)
         return
@@ -53,17 +63,33 @@ def show(as_json: bool, data: dict[str, Any], *renderables: RenderableType) -> N
         console.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
 
 
+def _timings_table(spent: dict[str, float]) -> Table:
+    """Stages in the order in which they began, and their sum, which is the wall time since the process began."""
+    table, total = Table(box=box.SIMPLE_HEAD, pad_edge=False), sum(spent.values())
+    for title in ("stage", "seconds", "share"):
+        table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
+    for stage, took in (*spent.items(), ("together", total)):
+        table.add_row(stage, f"{took:,.2f}", f"{took / total:.1%}")
+    return table
+
+
 def show_notes(model: Path) -> None:
     """What was not taken as the files of a checkpoint say, on standard error."""
     from ..checkpoint import Checkpoint
 
+    if not ranks.first():
+        return
     for note in Checkpoint(model).notes:
         errors.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A callable for ``progress=`` arguments that draws one bar a stage, with rate and time left, on stderr."""
+    """A callable for ``progress=`` arguments that draws one bar a stage, with rate and time left, on stderr. Of several
+    processes the first one draws."""
+    if not ranks.first():
+        yield silent
+        return
     columns = (
         TextColumn("{task.description:<30}", markup=False),
         BarColumn(bar_width=30),

@@ -118,7 +118,7 @@ def _deliver(session: Session, ratio: float, name: str, output: Path) -> dict[st
 
 def _in_new_process(model: Path, text: Path) -> dict[str, Any]:
     """What ``ppf eval --json`` says about ``model`` in a process that knows nothing but its folder."""
-    command = [sys.executable, "-m", "ppf.cli", "eval", str(model), "--text", str(text), "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "ppf", "eval", str(model), "--text", str(text), "--device", "cpu", "--json"]
     command += ["--sequence-length", str(_SEQUENCE_LENGTH)]
     # Two of them run side by side, so each gets one thread.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import lines, progress_bars, show
-from .options import Device, Dtype, Json, Model, SequenceLength, TextFile
+from .options import Device, Dtype, GpuMemoryGb, Json, Model, SequenceLength, TextFile, Weights, placement
 from .protocols import protocol_size
 
 
@@ -23,6 +23,8 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Units that count, as JSON; the others as if they were zero.")
     ] = None,
     device: Device = "auto",
+    weights: Weights = "auto",
+    gpu_memory_gb: GpuMemoryGb = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -32,7 +34,7 @@ def evaluate(
     with progress_bars() as progress:
         data = measure(
             model, text, selection, sequence_length=sequence_length, tokens=tokens, device=device, dtype=dtype,
-            progress=progress,
+            placement=placement(weights, gpu_memory_gb), progress=progress,
         )  # fmt: skip
     protocol = data["protocol"]
     facts = {

@@ -1,16 +1,19 @@
 """How the command line fails: one line, an exit code, and with --json an object on standard output.
 
-Exit codes: 2 for a user's mistake, 1 for anything else that PPF raises on purpose, 130 for Ctrl-C.
+Exit codes: 2 for a user's mistake, 1 for anything else that PPF raises on purpose, 130 for Ctrl-C. Of several processes
+that fail, for one reason as a rule, the first one to fail speaks.
 """
 
 from __future__ import annotations
 
 import errno
+import signal
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from .. import ranks
 from ..errors import InputError, PPFError
 from .console import errors, print_json
 
@@ -34,6 +37,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            if ranks.launched()[1] > 1:  # the terminal and torchrun both send it
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             hint = _AFTER_INTERRUPT.get(ctx.invoked_subcommand, "Nothing was written")
             _fail(as_json, 130, {"problem": "interrupted", "remedy": hint}, f"Interrupted. {hint}.")
         except InputError as error:
@@ -52,7 +57,9 @@ class Commands(TyperGroup):
 
 
 def _fail(as_json: bool, code: int, facts: dict[str, str], line: str) -> None:
-    if as_json:
-        print_json({"error": facts})
-    errors.print(" ".join(line.split()), style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
+    def say() -> None:
+        if as_json:
+            print_json({"error": facts})
+        errors.print(" ".join(line.split()), style="red", markup=False, highlight=False, soft_wrap=True)
+
+    raise typer.Exit(ranks.speak_for_all(say, code))

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from .. import ranks
 from .console import lines, progress_bars, show, show_notes
 from .info import run_facts
-from .options import Device, Json, Model, Seed, SequenceLength, TextFile
+from .options import Device, GpuMemoryGb, Json, Model, Seed, SequenceLength, TextFile, Timings, Weights, placement
 
 
 def fit(
@@ -19,6 +20,8 @@ def fit(
     output: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run; an unfinished one is resumed.")],
     evaluations: Annotated[int, typer.Option(help="Policies to measure; more give better policies.")] = 600,
     device: Device = "auto",
+    weights: Weights = "auto",
+    gpu_memory_gb: GpuMemoryGb = None,
     seed: Seed = 0,
     eval_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Evaluate on this text, not on the last quarter of --text.")
@@ -39,6 +42,7 @@ def fit(
         bool, typer.Option("--portable", help="Only policies that every export accepts; see docs/formats.md.")
     ] = False,
     as_json: Json = False,
+    timings: Timings = False,
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
     from ..deliver.price import portable_prices
@@ -54,10 +58,16 @@ def fit(
     if agent:
         settings = replace(settings, agent=agent)
     settings = replace(settings, portable=portable, early_stop=early_stop)
+    place = placement(weights, gpu_memory_gb)
     show_notes(model)
     with progress_bars() as progress:
-        run = fit_run(model, text, output, settings=settings, eval_text=eval_text, device=device, progress=progress)
-        prices = portable_prices(Session(run, device), progress) if portable else []
+        run = fit_run(
+            model, text, output, settings=settings, eval_text=eval_text, device=device, placement=place,
+            progress=progress,
+        )  # fmt: skip
+        if not ranks.first():  # the rest is the work of one
+            return
+        prices = portable_prices(Session(run, device, placement=place), progress) if portable else []
     facts = run_facts(run) | ({"portable": prices} if portable else {})
     shown = {"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}
     for price in prices:
@@ -70,4 +80,5 @@ def fit(
         facts,
         lines(shown),
         f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT",
+        timings=timings,
     )

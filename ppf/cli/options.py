@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..model.stream import Placement
+
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+Timings = Annotated[bool, typer.Option("--timings", help="Show on standard error where the time went.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: CUDA if there is any.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -16,6 +23,8 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Huggin
 TextFile = Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text file.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens a sequence; each is scored on its own.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the stored one if this device has it.")]
+Weights = Annotated[str, typer.Option(help="gpu, or streamed from host or disk; auto: the first with room for them.")]
+GpuMemoryGb = Annotated[float | None, typer.Option(help="Hold no more than so many GB (10⁹ bytes) of a GPU's memory.")]
 
 Ratio = Annotated[float | None, typer.Option(help="Share of the decoder's parameters to remove, such as 0.3.")]
 MemoryGb = Annotated[float | None, typer.Option(help="At most so many GB (10⁹ bytes) of weights, embeddings included.")]
@@ -23,3 +32,14 @@ Flops = Annotated[float | None, typer.Option(help="At most so many operations a 
 Context = Annotated[int, typer.Option(help="For --flops: tokens that a token attends to.")]
 LatencyMs = Annotated[float | None, typer.Option(help="A prompt in at most so many ms, by the run's `ppf profile`.")]
 TokensPerSecond = Annotated[float | None, typer.Option(help="At least so many generated tokens/s, by the profile.")]
+
+
+def placement(weights: str, gpu_memory_gb: float | None) -> Placement:
+    """What --weights and --gpu-memory-gb say. Raises ``InputError`` for what is no place, and no amount of memory."""
+    from ..model.stream import Placement
+
+    if gpu_memory_gb is None:
+        return Placement(weights)
+    if not math.isfinite(gpu_memory_gb):
+        raise InputError("gpu-memory-gb", gpu_memory_gb, "is not an amount of memory", "Use a number, such as 12")
+    return Placement(weights, int(gpu_memory_gb * 1e9))

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import ranks
 from ..errors import InputError
 from .bars import policy_bars
 from .console import lines, progress_bars, show
-from .options import Context, Device, Flops, Force, Json, LatencyMs, MemoryGb, Ratio, RunFolder, TokensPerSecond
+from .options import (
+    Context,
+    Device,
+    Flops,
+    Force,
+    GpuMemoryGb,
+    Json,
+    LatencyMs,
+    MemoryGb,
+    Ratio,
+    RunFolder,
+    Timings,
+    TokensPerSecond,
+    Weights,
+    placement,
+)
 from .policy import predicted
 from .protocols import protocol_line
 
@@ -40,26 +57,35 @@ def prune(
         bool, typer.Option("--portable", help="A result that every export accepts; says what that costs.")
     ] = False,
     device: Device = "auto",
+    weights: Weights = "auto",
+    gpu_memory_gb: GpuMemoryGb = None,
     force: Force = False,
     as_json: Json = False,
+    timings: Timings = False,
 ) -> None:
     """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
     from ..deliver.request import Request
     from ..deliver.results import check_destination, deliver
+    from ..fitting.evaluation.together import led
     from ..fitting.run import Run
     from ..fitting.session import Session
 
-    session = Session(Run(run), device)
+    if search is None and not ranks.first():  # there is nothing to share
+        return
+    session = Session(Run(run), device, placement=placement(weights, gpu_memory_gb))
     check_destination(session.run, output, force)
     with progress_bars() as progress:
         request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
-        choice = _choose(session, request, search, policy, portable, progress)
+        chosen = partial(_choose, session, request, search, policy, portable, progress)
+        choice = chosen() if search is None else led(session, chosen)
+        if choice is None:  # the rest is the first process's
+            return
         report = deliver(session, choice, output, force, progress)
     data, text = {"output": str(output)} | report, summary(report, output)
     if portable or session.run.settings.portable:
         data["routes"] = _routes(output)
         text += "\n" + lines({f"export to {to}": problem or "yes" for to, problem in data["routes"].items()})
-    show(as_json, data, text, policy_bars(choice.policy, session.run.structure))
+    show(as_json, data, text, policy_bars(choice.policy, session.run.structure), timings=timings)
 
 
 def _routes(output: Path) -> dict[str, str | None]:

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from .console import lines, progress_bars, show
-from .options import Device, Force, Json, Model, Seed, SequenceLength, TextFile
+from .options import (
+    Device,
+    Force,
+    GpuMemoryGb,
+    Json,
+    Model,
+    Seed,
+    SequenceLength,
+    TextFile,
+    Timings,
+    Weights,
+    placement,
+)
 from .protocols import protocol_line
 
 
@@ -26,24 +38,34 @@ def recover(
     rank: Annotated[int | None, typer.Option(help="Of --method lora; 16 if left out.")] = None,
     sequence_length: SequenceLength = 512,
     batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 8_192,
-    micro_tokens: Annotated[int | None, typer.Option(help="Tokens at once, if memory is short.")] = None,
+    micro_tokens: Annotated[
+        int | None, typer.Option(help="Tokens at once, of each process; as many as fit if left out.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    weights: Weights = "auto",
+    gpu_memory_gb: GpuMemoryGb = None,
     force: Force = False,
     as_json: Json = False,
+    timings: Timings = False,
 ) -> None:
-    """Train a pruned checkpoint, taught by the dense model. Interrupt it at will: the same command resumes."""
+    """Train a pruned checkpoint, taught by the dense model. Interrupt it at will: the same command resumes.
+
+    --weights says where the dense model's are. On many GPUs: torchrun --nproc-per-node N -m ppf recover ...
+    """
     from ..deliver.recovery import RecoverySettings
     from ..deliver.recovery import recover as recover_checkpoint
 
     settings = RecoverySettings(
         method, tokens, learning_rate, distillation, sequence_length, batch_tokens, micro_tokens, rank, seed
     )
+    place = placement(weights, gpu_memory_gb)
     with progress_bars() as progress:
         report = recover_checkpoint(
-            model, text, output, settings=settings, teacher=teacher, device=device, force=force, progress=progress
-        )
-    show(as_json, {"output": str(output)} | report, summary(report, output))
+            model, text, output, settings=settings, teacher=teacher, device=device, placement=place, force=force,
+            progress=progress,
+        )  # fmt: skip
+    show(as_json, {"output": str(output)} | report, summary(report, output), timings=timings)
 
 
 def summary(report: dict[str, Any], output: Path) -> str:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .console import lines, progress_bars, show
-from .options import Device, Json, RunFolder
+from .options import Device, GpuMemoryGb, Json, RunFolder, Timings, Weights, placement
 
 # What 80 columns have no room for.
 _PAGE_ONLY = ("Kendall", "MAE", "spread")
@@ -22,24 +22,30 @@ def report(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the run.")] = None,
     compare: Annotated[str, typer.Option(help="Other kinds of predictor to train beside it, such as mlp,cnn.")] = "",
     device: Device = "auto",
+    weights: Weights = "auto",
+    gpu_memory_gb: GpuMemoryGb = None,
     as_json: Json = False,
+    timings: Timings = False,
 ) -> None:
     """Measure policies the run has not seen, and score its predictor on them within each ratio. Resumes when killed."""
+    from ..fitting.evaluation.together import led
     from ..fitting.run import Run
     from ..fitting.session import Session
     from ..lab.report import report as report_card
 
-    session = Session(Run(run), device)
+    session = Session(Run(run), device, placement=placement(weights, gpu_memory_gb))
     kinds = tuple(kind for kind in compare.split(",") if kind)
     with progress_bars() as progress:
-        data = report_card(session, output, held_out, kinds, progress)
+        data = led(session, lambda: report_card(session, output, held_out, kinds, progress))
+    if data is None:  # the first process has it
+        return
     speed = data["latency"]
     facts = {
         "one policy": f"{speed['milliseconds']:.2f} ms, a true evaluation {speed['evaluation_milliseconds']:,.1f} ms",
         "in a batch": f"{speed['per_second']:,.0f} policies a second on {data['device']}",
         "page": (output or run) / "report.html",
     }
-    show(as_json, data, *(_table(data, group) for group in data["scores"]), lines(facts))
+    show(as_json, data, *(_table(data, group) for group in data["scores"]), lines(facts), timings=timings)
 
 
 def _table(data: dict, group: str) -> Table:

@@ -17,9 +17,8 @@ from torch import Tensor
 from ..choose.candidates.sampling import mutate, random_levels
 from ..files import write_json
 from ..fitting.evaluation import Evaluator
-from ..fitting.run import Settings
 from ..fitting.session import Session
-from ..model.grid import Grid
+from ..model.grid import unrestricted
 from ..progress import Progress, silent
 
 PRICES = "portable.json"
@@ -49,9 +48,9 @@ def portable_prices(session: Session, progress: Progress = silent) -> list[dict[
 
 
 def _free(session: Session) -> Evaluator:
-    """The session's evaluator on an unrestricted grid: its library's factors serve any width."""
+    """The session's evaluator on an unrestricted grid: its library's factors serve that too."""
     run, other = copy.copy(session.run), copy.copy(session)
-    run.grid = Grid(run.structure, math.gcd(run.grid.ffn_multiple, Settings().ffn_multiple))
+    run.grid = unrestricted(run.grid)
     other.run = run
     other.__dict__.pop("library", None)  # of the run's own widths
     return other.evaluator()

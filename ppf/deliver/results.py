@@ -1,4 +1,4 @@
-"""From a request to a checkpoint on disk: choose a policy, materialise it, measure the result itself, write it."""
+"""From a request to a checkpoint on disk: choose a policy, write it layer by layer, measure what was written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from .. import checkpoint
 from .._version import versions
 from ..checkpoint.checks import REPORT
@@ -15,12 +17,15 @@ from ..checkpoint.headers import read_json
 from ..choose.budget import Budget, RatioBudget
 from ..errors import InputError
 from ..files import check_output, read_json_of
-from ..fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ..fitting.experience import Experience
+from ..fitting.perplexity import computing, log_perplexity_of
 from ..fitting.run import Protocol, Run
 from ..fitting.search import Search
 from ..fitting.session import Session
+from ..model.build import expected_tensors, pruned_config, skeleton
+from ..model.decoder import Decoder
 from ..model.policy import Policy
+from ..model.stream import Placement
 from ..progress import Progress, silent
 from .request import answer
 
@@ -109,28 +114,57 @@ def check_destination(run: Run, output: str | Path, force: bool) -> None:
 def deliver(
     session: Session, choice: Choice, output: str | Path, force: bool = False, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Materialise ``choice``, score the model itself on the run's evaluation split, write ``output``.
+    """Write ``choice`` to ``output`` layer by layer, and score what was written on the run's evaluation split.
 
-    Returns the report that ``ppf.json`` holds. Raises ``InputError`` for a policy off the grid and for an ``output``
-    that may not be written, both before any work.
+    Returns the report that ``ppf.json`` holds. Raises ``InputError`` for a policy off the grid, for an ``output`` that
+    may not be written, and for a timed budget where weights stream, all before any work.
     """
     run = session.run
     run.grid.check(choice.policy)
     check_destination(run, output, force)
     source, tokenizer = checkpoint.Checkpoint(run.model_path), checkpoint.load_tokenizer(run.model_path)
-    model, sequences = session.materialize(choice.policy), run.sequences()
-    scored = in_compute_dtype(model)
-    measured = model_log_perplexity(scored, sequences, progress)
+    if choice.budget is not None and choice.budget.timed:
+        session.permuted.require_resident(f"--{choice.budget.name}, for which the result is timed")
+    return checkpoint.save_stream(
+        pruned_config(session.permuted.config, choice.policy),
+        session.pruned_tensors(choice.policy),
+        session.permuted.dtype,
+        output,
+        lambda folder: _report(run, choice) | _measured(session, choice, folder, progress),
+        tokenizer=tokenizer,
+        generation=session.generation_config,
+        force=force,
+        source=source,
+    )
+
+
+def _measured(session: Session, choice: Choice, folder: Path, progress: Progress) -> dict[str, Any]:
+    """What the result itself in ``folder`` has, of which nothing is in memory any more."""
+    sequences = session.run.sequences()
+    if not session.permuted.resident:
+        session.permuted.layers.close()  # the result's layers need the room
+    model = checkpoint.load_or_stream(folder, session.device, "auto", _placement(session, choice.budget))
+    scored = computing(model)
+    value = log_perplexity_of(scored, sequences, progress)
     facts = {"dtype": str(scored.dtype).removeprefix("torch."), "device": str(session.device)}
-    report = _report(run, choice) | {
-        "parameters": {"dense": _count(session.decoder.state().values()), "pruned": model.num_parameters()},
-        "budget": choice.budget.report(choice.policy, model) if choice.budget else None,
-        "measured": _both(measured) | facts | {"protocol": Protocol.of_run(run, sequences).to_dict()},
+    return {
+        "parameters": {"dense": _count(session.permuted.config), "pruned": _count(model.config)},
+        "budget": _spent(choice, model),
+        "measured": _both(value) | facts | {"protocol": Protocol.of_run(session.run, sequences).to_dict()},
     }
-    if choice.portable is not None:
-        report["portable"] = choice.portable
-    checkpoint.save(model, tokenizer, output, report, force, source)
-    return report
+
+
+def _placement(session: Session, budget: Budget | None) -> Placement:
+    """Where the result's weights go: a timed one's onto the device, as the dense weights did."""
+    return replace(session.placement, weights="gpu") if budget is not None and budget.timed else session.placement
+
+
+def _spent(choice: Choice, model: PreTrainedModel | Decoder) -> dict[str, Any] | None:
+    """What was asked for and what the result has."""
+    if choice.budget is None:
+        return None
+    result = model if isinstance(model, PreTrainedModel) else skeleton(model.config, model.dtype)
+    return choice.budget.report(choice.policy, result)
 
 
 def source_report(model: Path) -> dict[str, Any] | None:
@@ -159,12 +193,13 @@ def _report(run: Run, choice: Choice) -> dict[str, Any]:
         "texts": run.manifest["texts"] | {"names": run.manifest["files"]},
         "seed": run.settings.seed,
         "versions": versions(),
-    }
+    } | ({} if choice.portable is None else {"portable": choice.portable})
 
 
 def _both(log_perplexity: float) -> dict[str, float]:
     return {"log_perplexity": log_perplexity, "perplexity": math.exp(log_perplexity)}
 
 
-def _count(tensors: Any) -> int:
-    return sum(tensor.numel() for tensor in tensors)
+def _count(config: PreTrainedConfig) -> int:
+    """Parameters of ``config``'s model; tied ones once."""
+    return sum(shape.numel() for shape in expected_tensors(config).values())

@@ -16,9 +16,10 @@ from ..families.traits import activation, unserved
 from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..text import batches
-from .members import Outputs, PreparedLayer, norm_weight, prepared, told
+from .members import PreparedLayer, norm_weight, prepared, told
 from .ops import dispatch
 from .ops.members import ACTIVATIONS
+from .outputs import Outputs
 from .plan import executed, order, shared
 
 SERVES = frozenset({
@@ -42,6 +43,8 @@ def applies(decoder: Decoder) -> bool:
 
 def unserved_by(decoder: Decoder) -> str | None:
     """Why this path cannot run the model, as the end of a sentence; None if it can."""
+    if not decoder.resident:
+        return "its layers stream"
     reasons = (foreign(decoder) for foreign in (_foreign_arithmetic, _foreign_sizes, _foreign_device))
     return next((reason for reason in reasons if reason), None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +12,7 @@ from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..model.views import Attention, FeedForward
 from .ops.members import interleave, interleave_heads
-
-
-class Outputs(Protocol):
-    """Output projections refitted to every level, such as ``ppf.fitting.library.Library``."""
-
-    def levels(self, sublayer: int) -> Tensor:
-        """Those of one sub-layer, [levels, hidden, n], zero past each level's width."""
-        ...
+from .outputs import Outputs
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,17 @@ def permute_layer(names: LayerMap, layer: Layer, ranking: LayerRanking) -> dict[
 
 
 def permuted(decoder: Decoder, ranking: Sequence[LayerRanking]) -> Decoder:
-    """The same model with every layer's units in ranking order."""
-    layers = (
-        permute_layer(decoder.names(i), w, r) for i, (w, r) in enumerate(zip(decoder.layers, ranking, strict=True))
-    )
+    """The same model with every layer's units in ranking order; layers that stream are permuted when they arrive."""
+    return decoder.changed(lambda index, layer: permute_layer(decoder.names(index), layer, ranking[index]))
+
+
+def take_permuted(holder: list[Decoder], ranking: Sequence[LayerRanking]) -> Decoder:
+    """The same for the resident decoder in ``holder``, which is emptied: if nobody else holds it, only one layer at a
+    time exists twice."""
+    decoder = holder.pop()
+    layers, decoder = list(decoder.layers), replace(decoder, layers=())
+    for index, order in enumerate(ranking):
+        layers[index] = permute_layer(decoder.names(index), layers[index], order)
     return replace(decoder, layers=tuple(layers))
 
 

@@ -67,8 +67,8 @@ class Fused:
 
     def __init__(self, decoder: Decoder):
         s, config = decoder.structure, decoder.config
-        self.attentions = [decoder.attention(i, a.units) if a.units else None for i, a in enumerate(s.attention)]
-        self.ffns = [decoder.ffn(i, f.units) if f.units else None for i, f in enumerate(s.ffn)]
+        self.decoder = decoder
+        self._views: tuple[tuple[int, str], Attention | FeedForward] | None = None
         self.epsilon = config.rms_norm_eps
         self.one_plus = "one-plus norm" in decoder.traits
         self.residual = float(getattr(config, "residual_multiplier", 1.0))
@@ -77,11 +77,19 @@ class Fused:
 
     def __call__(self, index: int, kind: str, width: int, output: Tensor | None, x: Tensor, told: Told) -> Tensor:
         if kind == "attention":
-            view = self.attentions[index].prefix(width, output)
+            view = self._view(index, kind).prefix(width, output)
             return self._add(x, self._attend(self._norm(x, view.norm), view, told), view.o, view.o_bias, view.after)
-        view = self.ffns[index].prefix(width, output)
+        view = self._view(index, kind).prefix(width, output)
         inner = self._hidden(self._norm(x, view.norm), view)
         return self._add(x, inner, view.down, view.down_bias, view.after)
+
+    def _view(self, index: int, kind: str) -> Attention | FeedForward:
+        """The whole sub-layer; kept while it is asked for, since a layer may be a stream's."""
+        if self._views is None or self._views[0] != (index, kind):
+            self._views = None  # let go of the layer before
+            units, of = self.decoder.structure.of(kind)[index].units, getattr(self.decoder, kind)
+            self._views = (index, kind), of(index, units)
+        return self._views[1]
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMSNorm over the last dimension, computed in fp32 inside; x itself where there is none."""

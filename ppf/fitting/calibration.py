@@ -6,15 +6,25 @@ caller stores (or uses) what each step yields and lets it go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import memory, ranks
 from ..families import KINDS
 from ..model.decoder import Decoder
+from ..model.layer import Layer
 from ..text import batches
+from ..timings import timed
+
+# Parts of the text that are summed on their own, at least.
+_SHARDS = 4
+# Share of a GPU's memory for the activations inside a layer; transformers keeps more of them than our own paths.
+_INNER_SHARE = 0.15
+# Rows of a Gram that are computed at once.
+_ROWS = 4_096
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,28 @@ class _Accumulator:
     def __init__(self, size: int, device: torch.device):
         self.gram = torch.zeros(size, size, device=device)
         self.total = torch.zeros(size, device=device)
-        self.tokens = 0
 
     def add(self, inner: Tensor) -> None:
         x = inner.flatten(0, -2)
         self.total += x.sum(0, dtype=torch.float32)
-        self.tokens += len(x)
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             # Products of 16-bit numbers are exact in fp32, so that the matrix units lose nothing but the order of sums.
-            self.gram += torch.mm(x.T, x, out_dtype=torch.float32)
+            # A block of rows at a time: the product has to stand somewhere before it is added.
+            for rows, columns in zip(self.gram.split(_ROWS), x.split(_ROWS, 1), strict=True):
+                rows += torch.mm(columns.T, x, out_dtype=torch.float32)
         else:
             x = x.float()
             self.gram.addmm_(x.T, x)
 
-    def finish(self) -> Statistics:
-        gram, mean = self.gram.div_(self.tokens), self.total / self.tokens
+    def merge(self, other: _Accumulator) -> _Accumulator:
+        """Take in the sums of ``other``."""
+        self.gram += other.gram
+        self.total += other.total
+        return self
+
+    def finish(self, spans: list[range], tokens: int) -> Statistics:
+        """The statistics over ``tokens`` tokens, those of all processes, whose parts of the text are ``spans``."""
+        gram, mean = ranks.tree_sum(self.gram, spans).div_(tokens), ranks.tree_sum(self.total, spans) / tokens
         return Statistics(gram, mean, (gram.diagonal() - mean.square()).clamp_min(0))
 
 
@@ -96,24 +113,63 @@ def calibrate(decoder: Decoder, sequences: Tensor) -> Iterator[LayerStatistics]:
 
     ``decoder`` is the dense model, in any unit order; the statistics' channels stand in that same order. The layers
     are transformers' own, with a hook on the output projections. Nothing here keeps what was yielded: a caller that
-    lets it go has one layer's Grams in memory at a time.
+    lets it go has one layer's Grams in memory at a time, and up to three while they are summed.
+
+    The text is cut into shards, whose sums are added as a tree. Several processes take a branch each, and all of them
+    get all statistics: the same bits on one to four processes, and on five to eight, and so on.
     """
-    hidden = [decoder.frame.begin(batch.to(decoder.device)) for batch in batches(sequences, decoder.device)]
+    shards = sequences.tensor_split(min(_shards(ranks.world()), len(sequences)))
+    spans = ranks.subtrees(len(shards), ranks.world())
+    device, most = decoder.device, memory.tokens_at_once(decoder.device, _INNER_SHARE, decoder.token_bytes)
+    hidden = {
+        shard: [decoder.frame.begin(batch.to(device)) for batch in batches(shards[shard], device, most)]
+        for shard in spans[ranks.rank()]
+    }
     for index in range(decoder.structure.layers):
         # No name for the result, and no decorator around the generator: either would hold it during the next layer.
-        yield _advance(decoder, index, hidden)
+        yield _advance(decoder, index, hidden, spans, sequences.numel())
 
 
+def _shards(processes: int) -> int:
+    """Four, or the next power of two for more processes."""
+    return max(_SHARDS, 1 << (processes - 1).bit_length())
+
+
+@timed("calibrating")
 @torch.no_grad()
-def _advance(decoder: Decoder, index: int, hidden: list[Tensor]) -> LayerStatistics:
-    """Statistics of one layer over all batches of ``hidden`` [B, T, hidden], which then hold the layer's output."""
-    sublayers = {kind: decoder.structure.of(kind)[index] for kind in KINDS}
-    widths = {kind: sublayer.units for kind, sublayer in sublayers.items()}
-    watched = {decoder.family.parts[kind].output_name: kind for kind in KINDS if widths[kind]}
-    sums = {kind: _Accumulator(sublayers[kind].width, decoder.device) for kind in watched.values()}
+def _advance(
+    decoder: Decoder, index: int, hidden: dict[int, list[Tensor]], spans: list[range], tokens: int
+) -> LayerStatistics:
+    """Statistics of one layer over all shards of all processes, ``tokens`` in all. ``hidden`` are this process's, with
+    their batches [B, T, hidden], which then hold the layer's output."""
+    sublayers = {kind: part for kind in KINDS if (part := decoder.structure.of(kind)[index]).units}
+    layer = decoder.layers[index]
+
+    def sums_of(shards: range) -> dict[str, _Accumulator]:
+        sums = {kind: _Accumulator(part.width, decoder.device) for kind, part in sublayers.items()}
+        for shard in shards:
+            _pass(decoder, index, layer, hidden[shard], sums)
+        return sums
+
+    found = _tree(spans[ranks.rank()], sums_of)
+    # One kind after the other, the same order everywhere: processes meet in the sums.
+    return LayerStatistics(**{kind: found.pop(kind).finish(spans, tokens) if kind in found else None for kind in KINDS})
+
+
+def _tree(span: range, sums_of: Callable[[range], dict[str, _Accumulator]]) -> dict[str, _Accumulator]:
+    """Sums over the shards ``span``, of at most one shard each from ``sums_of``, added as the tree has it."""
+    if len(span) < 2:
+        return sums_of(span)
+    left, right = (_tree(half, sums_of) for half in ranks.halves(span))
+    return {kind: part.merge(right.pop(kind)) for kind, part in left.items()}
+
+
+def _pass(decoder: Decoder, index: int, layer: Layer, hidden: list[Tensor], sums: dict[str, _Accumulator]) -> None:
+    """Add one shard's batches to ``sums``, and put the layer's output in their place."""
+    widths = {kind: decoder.structure.of(kind)[index].units for kind in KINDS}
+    watched = {decoder.family.parts[kind].output_name: kind for kind in sums}
     for at, x in enumerate(hidden):
         told = decoder.frame.context(*x.shape[:2])[index]
         hidden[at] = decoder.reference(
-            index, widths, decoder.layers[index], x, told, lambda name, x: sums[watched[name]].add(x), tuple(watched)
+            index, widths, layer, x, told, lambda name, x: sums[watched[name]].add(x), tuple(watched)
         )
-    return LayerStatistics(**{kind: sums[kind].finish() if kind in sums else None for kind in KINDS})

@@ -7,22 +7,14 @@ therefore proposes the same policies again, finds those already measured in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ..choose import agent as agent_kinds
-from ..choose import predictor as predictor_kinds
-from ..choose.agent import Agent, train_agent
-from ..choose.predictor import Predictor, make_predictor
-from ..choose.predictor.training import fit_predictor
-from ..model.grid import Grid
+from ..choose.predictor import Predictor
 from ..model.policy import Policy
 from ..progress import Progress, silent
 from .evaluation import Evaluator
 from .evaluation.measurement import measure_many
-from .experience import Evaluation, Experience
+from .experience import Experience
+from .learning import Learning, learn
 from .rounds import Journal, Round
 from .run.settings import MINIMUM_EVALUATIONS
 from .search.exploration import initial_proposals, next_proposals
@@ -34,14 +26,6 @@ _SMALLEST_ROUND = 8
 _ROUND_EFFORT = 0.5
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What the loop learns."""
-
-    predictor: Predictor
-    agent: Agent
-
-
 def schedule(evaluations: int) -> list[int]:
     """Evaluations of each round, which sum to ``evaluations``: a first look, then rounds of equal size."""
     first = min(evaluations, max(MINIMUM_EVALUATIONS, round(_INITIAL_SHARE * evaluations)))
@@ -50,15 +34,6 @@ def schedule(evaluations: int) -> list[int]:
     if not rounds:
         return [evaluations]
     return [first] + [rest // rounds + (index < rest % rounds) for index in range(rounds)]
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How to learn: the kind of predictor, the way to train the agent, and the library's error energies [S, K]."""
-
-    predictor: str = predictor_kinds.DEFAULT
-    agent: str = agent_kinds.DEFAULT
-    energies: Tensor | None = None
 
 
 def collect(
@@ -121,26 +96,3 @@ def _take_down(
     if own:
         measured = [experience.lookup(policy) for policy in own]
         journal.add(Round.of(index, predictor(predictor.grid.encode(own)), measured))
-
-
-def learn(
-    grid: Grid,
-    rows: Sequence[Evaluation],
-    seed: int,
-    device: torch.device,
-    effort: float = 1.0,
-    learning: Learning | None = None,
-    experts: int = 1,
-) -> Fitted:
-    """A predictor and an agent, trained from scratch on ``rows``; ``effort`` scales their steps, ``experts`` are the
-    agent's rounds of expert iteration."""
-    how = learning or Learning()
-    predictor = make_predictor(how.predictor, grid, how.energies).to(device)
-    agent = Agent(grid, seed=seed, energies=how.energies).to(device)
-    fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(800 * effort))
-    train_agent(agent, predictor.eval(), seed, steps=round(400 * effort), kind=how.agent, experts=experts)
-    return Fitted(predictor, agent.eval())
-
-
-def _tensors(grid: Grid, rows: Sequence[Evaluation]) -> tuple[Tensor, Tensor]:
-    return grid.encode([row.policy for row in rows]), torch.tensor([row.log_perplexity for row in rows])

@@ -18,10 +18,13 @@ from ..errors import InputError
 from ..families import family_of
 from ..model.decoder import Decoder
 from ..model.geometry import structure_of
+from ..model.grid import Grid
 from ..model.precision import compute_dtype
+from ..model.stream import Placement
 from ..progress import Progress, silent
 from ..text import take_tokens
-from .evaluation.scoring import in_compute_dtype, model_log_perplexity
+from .evaluation import Evaluator
+from .evaluation.scoring import in_compute_dtype, model_log_perplexity, require_finite
 from .reader import Reader
 from .run.protocol import Protocol
 from .selection import Selection, selection_evaluator
@@ -36,6 +39,7 @@ def evaluate(
     tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    placement: Placement | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """What ``ppf eval --json`` prints: "perplexity", "log_perplexity" (nats a token), "protocol" and circumstances.
@@ -43,7 +47,8 @@ def evaluate(
     ``model`` is a checkpoint's folder, or a transformers model of one of PPF's families on its own device and in its
     own dtype; ``text`` a UTF-8 file, or token sequences int64 [N, T] (a loaded model takes only these). ``tokens`` asks
     for about so many, evenly spaced. With a ``selection`` (or its dict, or its JSON file) only those units count: any
-    other tool's mask, scored without surgery. Raises ``InputError`` for anything wrong with the arguments.
+    other tool's mask, scored without surgery. ``placement`` says where a folder's weights are kept: if they stream, the
+    model is scored layer by layer. Raises ``InputError`` for anything wrong with the arguments.
     """
     target_device = str(checkpoint.resolve_device(device))
     if isinstance(selection, (str, Path)):
@@ -54,9 +59,12 @@ def evaluate(
         config = model.config if isinstance(model, PreTrainedModel) else read_config(existing_folder(model))
         selection.check(structure_of(family_of(config.model_type), config))
     sequences, protocol = _read(model, text, sequence_length, tokens)
-    target = (_decoder if selection else _model)(model, target_device, dtype)
+    target = _target(model, selection is not None, target_device, dtype, placement or Placement())
     start = time.perf_counter()
-    value, kept = _score(target, selection, sequences, progress)
+    if selection is None:
+        value, kept = log_perplexity_of(target, sequences, progress), None
+    else:
+        value, kept = _selected(target, selection, sequences)
     return {
         "model": str(getattr(model, "name_or_path", model)),
         "perplexity": math.exp(value),
@@ -73,6 +81,27 @@ def load_for_computing(model: str | Path, device: str, dtype: str) -> PreTrained
     """The model in ``dtype``; "auto" is the stored one, or float32 where the device does not compute in it."""
     loaded = checkpoint.load(model, str(checkpoint.resolve_device(device)), dtype)
     return in_compute_dtype(loaded) if dtype == "auto" else loaded
+
+
+def computing(target: PreTrainedModel | Decoder) -> PreTrainedModel | Decoder:
+    """``target`` in its own dtype, or in float32 where its device does not compute in that."""
+    if isinstance(target, PreTrainedModel):
+        return in_compute_dtype(target)
+    return target.to(compute_dtype(target.dtype, target.device))
+
+
+def log_perplexity_of(target: PreTrainedModel | Decoder, sequences: Tensor, progress: Progress = silent) -> float:
+    """Nats a token of int64 ``sequences`` [N, T]: of a model by its own forward pass, of a decoder layer by layer.
+
+    Raises what :func:`ppf.fitting.evaluation.scoring.model_log_perplexity` raises.
+    """
+    if isinstance(target, PreTrainedModel):
+        return model_log_perplexity(target, sequences, progress)
+    grid = Grid(target.structure, 1)
+    value = Evaluator(target, grid, sequences).log_perplexity(grid.dense())
+    require_finite(value, target.dtype)
+    progress("score", sequences.numel(), sequences.numel())
+    return value
 
 
 def _read(
@@ -93,23 +122,19 @@ def _read(
     return sequences, Protocol.of_file(text, sequences, part, reader.begin)
 
 
-def _model(model: str | Path | PreTrainedModel, device: str, dtype: str) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else load_for_computing(model, device, dtype)
-
-
-def _decoder(model: str | Path | PreTrainedModel, device: str, dtype: str) -> Decoder:
+def _target(
+    model: str | Path | PreTrainedModel, as_decoder: bool, device: str, dtype: str, placement: Placement
+) -> PreTrainedModel | Decoder:
+    """What is scored, in the dtype in which it is: a model, or its plain weights for a selection or if they stream."""
     if isinstance(model, PreTrainedModel):
-        return Decoder.of_model(model)
-    decoder = checkpoint.load_decoder(model, device, dtype)
-    return decoder.to(compute_dtype(decoder.dtype, decoder.device)) if dtype == "auto" else decoder
+        return Decoder.of_model(model) if as_decoder else model
+    load = checkpoint.load_decoder if as_decoder else checkpoint.load_or_stream
+    found = load(model, device, dtype, placement)
+    return computing(found) if dtype == "auto" else found
 
 
-def _score(
-    target: PreTrainedModel | Decoder, selection: Selection | None, sequences: Tensor, progress: Progress
-) -> tuple[float, dict[str, Any] | None]:
-    """Log-perplexity, and what is to be said of the selection."""
-    if selection is None:
-        return model_log_perplexity(target, sequences, progress), None
-    evaluator = selection_evaluator(target, selection, sequences)
+def _selected(decoder: Decoder, selection: Selection, sequences: Tensor) -> tuple[float, dict[str, Any]]:
+    """Log-perplexity of a selection, and what is to be said of it."""
+    evaluator = selection_evaluator(decoder, selection, sequences)
     policy = selection.policy
     return evaluator.log_perplexity(policy), {"ratio": evaluator.grid.ratio(policy), "policy": policy.to_dict()}

@@ -12,6 +12,7 @@ from ..checkpoint import load_tokenizer, read_config
 from ..checkpoint.checks import existing_folder
 from ..families import family_of
 from ..text import begin_token, check_context, pack, read_tokens
+from ..timings import timed
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Reader:
     begin: int | None
 
     @classmethod
+    @timed("reading text")
     def of(cls, model: str | Path, length: int) -> Reader:
         """The reader of a checkpoint. Raises ``InputError`` for sequences longer than its context, and for a missing
         tokenizer or begin token."""
@@ -33,6 +35,7 @@ class Reader:
         tokenizer = load_tokenizer(model)
         return cls(tokenizer, config.vocab_size, length, begin_token(family_of(config.model_type), tokenizer))
 
+    @timed("reading text")
     def sequences(self, text: str | Path, field: str = "text") -> Tensor:
         """The whole text as int64 [N, length]. Raises ``InputError`` about ``field``."""
         return pack(read_tokens(text, self.tokenizer, self.vocabulary), self.length, field, self.begin)

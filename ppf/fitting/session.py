@@ -1,58 +1,84 @@
-"""A session: a run with its model's weights in memory, on a device. Evaluates and materialises policies."""
+"""A session: a run with its model's weights, on a device or streamed to it. Evaluates and materialises policies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .. import checkpoint
-from ..fast.permute import permuted
+from .. import checkpoint, memory
+from ..families import KINDS
+from ..fast.permute import identity, permuted, take_permuted
 from ..model.decoder import Decoder
+from ..model.grid import Grid
+from ..model.layer import LayerRanking
 from ..model.policy import Policy
 from ..model.precision import compute_dtype
+from ..model.stream import Host, Placement, Staged, Stream
+from ..timings import timed
 from .evaluation import Evaluator
-from .library import Library, fits_on_device, load_refits
-from .materialize import materialize
+from .evaluation.together import evaluator_class
+from .factors import STORED
+from .library import Library, library_bytes
+from .materialize import materialize, pruned_tensors
 from .run import Run
 from .run.directory import layer_file
 
+# Factors stay on a GPU if they take no more than this share of what the weights leave; solving them takes more.
+_FACTORS_SHARE = 0.4
+_HOST_SHARE = 1.5
+
 
 class Session:
-    """The weights that a run's model and library have, loaded when first needed."""
+    """The weights that a run's model and library have, loaded when first needed.
 
-    def __init__(self, run: Run, device: str | torch.device = "cpu", decoder: Decoder | None = None):
-        """``decoder`` are the run's dense weights on ``device`` if the caller has them already."""
+    ``placement`` says where they are kept; ``decoder`` are the run's dense weights on ``device`` if the caller has them
+    already. Resident weights exist once: what asks for them in ranking order takes them over.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        device: str | torch.device = "cpu",
+        decoder: Decoder | None = None,
+        placement: Placement | None = None,
+    ):
         self.run, self.device = run, checkpoint.resolve_device(device)
+        self.placement = placement or Placement()
+        memory.bound(self.device, self.placement.gpu_memory)
         if decoder is not None:
             self.decoder = decoder
 
     @cached_property
+    @timed("reading weights")
     def decoder(self) -> Decoder:
         """The dense weights in checkpoint order and dtype. Raises ``InputError`` if the checkpoint is gone or is no
         longer the one fitted."""
         self.run.require_model()
-        return checkpoint.load_decoder(self.run.model_path, device=str(self.device))
+        return checkpoint.load_decoder(self.run.model_path, device=str(self.device), placement=self.placement)
 
     @cached_property
+    @timed("reading weights")
     def permuted(self) -> Decoder:
-        """The dense weights with every layer's units in ranking order."""
-        return permuted(self.decoder, self.run.ranking)
+        """The dense weights with every layer's units in ranking order. Takes over :attr:`decoder`, which is read again
+        if somebody asks for it."""
+        decoder = self.decoder
+        if not decoder.resident:
+            decoder.layers.close()  # the permuted stream fetches for itself
+            return permuted(decoder, self.run.ranking)
+        holder = [self.__dict__.pop("decoder")]
+        del decoder
+        return take_permuted(holder, self.run.ranking)
 
     @cached_property
+    @timed("reading library")
     def library(self) -> Library:
-        """All refits in the checkpoint's dtype; their factors on the device if there is room, else mapped files."""
-        ranked, run = self.permuted, self.run
-        room = fits_on_device(run.grid, ranked.dtype, self.device)
-        layers = []
-        for index in range(run.structure.layers):
-            outputs = ranked.names(index).outputs(ranked.layers[index])
-            needed = [f"{kind}.{name}" for kind in outputs for name in ("half", "inverse", "error")]
-            tensors = run.tensors(layer_file("library", index), *needed)
-            layers.append(load_refits(tensors, outputs, run.grid, index, room))
-        return Library.of_layers(layers)
+        """All refits in the checkpoint's dtype; their factors on the device if there is room, else they stream."""
+        ranked = self.permuted
+        return Library(ranked, self.run.grid, self._factors(), errors=_Errors(self))
 
     @property
     def generation_config(self) -> GenerationConfig | None:
@@ -62,19 +88,64 @@ class Session:
     def evaluator(
         self, dtype: torch.dtype | None = None, refit: bool = True, sequences: Tensor | None = None
     ) -> Evaluator:
-        """Masked evaluation of the run's model on its evaluation text (or on ``sequences`` int64 [N, T])."""
-        dtype = dtype or compute_dtype(self.decoder.dtype, self.device)
+        """Masked evaluation of the run's model on its evaluation text (or on ``sequences`` int64 [N, T]).
+
+        While this session is :func:`ppf.fitting.evaluation.together.led`, all processes of the job share its work.
+        """
+        made_by = evaluator_class(self, dtype, refit, sequences)
+        dtype = dtype or compute_dtype(self.permuted.dtype, self.device)
         sequences = self.run.sequences() if sequences is None else sequences
         library = self.library.to(dtype) if refit else None
-        return Evaluator(self.permuted.to(dtype), self.run.grid, sequences, library)
+        return made_by(self.permuted.to(dtype), self.run.grid, sequences, library)
 
     def materialize(self, policy: Policy, refit: bool = True) -> PreTrainedModel:
         """The physically smaller model of ``policy``, in the checkpoint's dtype on this session's device.
 
         Raises ``InputError`` for a policy off the grid.
         """
-        library = self.library if refit else None
-        model = materialize(self.decoder, self.run.ranking, self.run.grid, policy, library)
+        model = materialize(*self._materials(policy, refit))
         if (generation := self.generation_config) is not None:
             model.generation_config = generation
         return model
+
+    def pruned_tensors(self, policy: Policy, refit: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every weight of :meth:`materialize`'s model, a layer at a time, for those who write it
+        somewhere: it never exists as a whole. See :func:`ppf.fitting.materialize.pruned_tensors`."""
+        return pruned_tensors(*self._materials(policy, refit))
+
+    def _materials(
+        self, policy: Policy, refit: bool
+    ) -> tuple[Decoder, list[LayerRanking], Grid, Policy, Library | None]:
+        library, ranked = self.library if refit else None, self.permuted
+        return ranked, identity(ranked), self.run.grid, policy, library
+
+    def factor_tensors(self, index: int) -> dict[str, Tensor]:
+        """One layer's file of the library, memory-mapped. Raises ``InputError`` if it is damaged."""
+        kinds = [kind for kind in KINDS if self.run.structure.of(kind)[index].units]
+        needed = [f"{kind}.{name}" for kind in kinds for name in STORED]
+        tensors = self.run.tensors(layer_file("library", index), *needed)
+        return {name: tensors[name] for name in needed}
+
+    def _factors(self) -> Sequence[Mapping[str, Tensor]]:
+        layers, size = range(self.run.structure.layers), library_bytes(self.run.grid)
+        if self.device.type != "cuda":
+            return [self.factor_tensors(index) for index in layers]
+        if self.permuted.resident and size <= _FACTORS_SHARE * memory.room(self.device):
+            moved = (self.factor_tensors(index).items() for index in layers)
+            return [{name: tensor.to(self.device) for name, tensor in items} for items in moved]
+        if self.placement.weights != "disk" and _HOST_SHARE * size <= memory.host_room():
+            return Stream(Host(map(self.factor_tensors, layers), pinned=True), self.device)
+        return Stream(Staged(len(layers), self.factor_tensors, pinned=True), self.device)
+
+
+class _Errors(Sequence[Mapping[str, Tensor]]):
+    """Every layer's small tensors of the library, from its file."""
+
+    def __init__(self, session: Session):
+        self._session = session
+
+    def __len__(self) -> int:
+        return self._session.run.structure.layers
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._session.factor_tensors(index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
+from .. import checkpoint, ranks
 from .._version import versions
+from ..checkpoint.hashes import sha256_of
 from ..choose.agent import error_energies
 from ..errors import InputError
 from ..families import KINDS, family_of
@@ -21,12 +21,17 @@ from ..model.decoder import Decoder
 from ..model.geometry import structure_of
 from ..model.layer import LayerRanking
 from ..model.precision import compute_dtype
+from ..model.stream import Placement
 from ..model.structure import Structure
 from ..progress import Progress, silent
 from ..text import Splits, check_context, split, take_tokens
+from ..timings import seconds, since, timed
 from .calibration import LayerStatistics, calibrate
-from .collection import Learning, collect, learn
-from .library import library_bytes, refit_layer, save_refits
+from .collection import collect
+from .evaluation.together import led
+from .factors import factorise_layer, save_factors
+from .learning import Learning, learn
+from .library import library_bytes
 from .ranking import rank_layer
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
 from .reader import Reader
@@ -53,28 +58,33 @@ def fit(
     settings: Settings | None = None,
     eval_text: str | Path | None = None,
     device: str = "auto",
+    placement: Placement | None = None,
     progress: Progress = silent,
 ) -> Run:
     """Learn how much every layer of ``model`` can lose; leaves a run in ``output`` and returns it.
 
     Calibration uses the first three quarters of ``text`` and evaluation the rest, or ``eval_text`` if given. If
     ``output`` holds an unfinished fit of the same model, texts and settings, it goes on where that stopped; a finished
-    one is returned as it is. Raises ``InputError`` for anything wrong with the arguments, before any work.
+    one is returned as it is. ``placement`` says where the weights are kept, by default on the device if they fit.
+    Raises ``InputError`` for anything wrong with the arguments, before any work.
+
+    Processes that :func:`ppf.ranks.start` has brought together all call this with the same arguments, share the work,
+    and get the same run; ``output`` must be a folder that all of them see.
     """
-    settings, output = settings or Settings(), Path(output)
+    before, settings, output = seconds(), settings or Settings(), Path(output)
     target = checkpoint.resolve_device(device)
     config = checkpoint.check_checkpoint(model)
     structure = structure_of(family_of(config.model_type), config)
     check_context(settings.sequence_length, config.max_position_embeddings)
     settings = portable_settings(settings, structure) if settings.portable else settings
     check_evaluations(settings.evaluations, settings.grid(structure))
-    decoder = _prepare(model, text, eval_text, output, settings, structure, target)
-    session = Session(Run(output), target, decoder)
+    decoder = _prepare(model, text, eval_text, output, settings, structure, target, placement)
+    session = Session(Run(output), target, decoder, placement)
+    del decoder  # the session alone has it: what wants it in ranking order takes it over
     if not session.run.is_complete:
         started = time.perf_counter()
         _calibrate(session, progress)
-        _learn(session, progress)
-        _finish(session, time.perf_counter() - started)
+        led(session, lambda: _conclude(session, started, before, progress))
     return Run(output)
 
 
@@ -86,11 +96,39 @@ def _prepare(
     settings: Settings,
     structure: Structure,
     device: torch.device,
+    placement: Placement | None,
 ) -> Decoder | None:
     """Make ``output`` a run with its texts and its manifest, or check that it is one of the same question.
 
     A new run's model is read, and returned, before anything is written: NaN and Inf weights show only then.
     """
+    question, parts = ranks.from_first(lambda: _question(model, text, eval_text, output, settings, structure))
+    if parts is None:
+        return None
+    with timed("reading weights"):
+        decoder = checkpoint.load_decoder(model, device=str(device), placement=placement)
+    _require_weights(decoder, settings)
+    names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
+    manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
+    ranks.from_first(lambda: _begin(output, parts, question | manifest, library_bytes(settings.grid(structure))))
+    return decoder
+
+
+def _require_weights(decoder: Decoder, settings: Settings) -> None:
+    """Raise ``InputError`` if the ranking needs all weights at once and they stream."""
+    if settings.ranking in GRADIENT_RANKINGS:
+        decoder.require_resident(f"--ranking {settings.ranking}")
+
+
+def _question(
+    model: str | Path,
+    text: str | Path,
+    eval_text: str | Path | None,
+    output: Path,
+    settings: Settings,
+    structure: Structure,
+) -> tuple[dict[str, Any], Splits | None]:
+    """What is asked, and the texts for it unless ``output`` holds a run that asks the same."""
     question = {
         "fingerprint": checkpoint.fingerprint(model),
         "structure": structure.to_dict(),
@@ -99,17 +137,17 @@ def _prepare(
     }
     if output.exists() and (not output.is_dir() or not all(_unfinished_start(file) for file in output.iterdir())):
         _require_same(output, question)
-        return None
-    parts = _splits(model, text, eval_text, settings)
-    decoder = checkpoint.load_decoder(model, device=str(device))
-    require_space(output, library_bytes(settings.grid(structure)) + _OTHER_FILES)
+        return question, None
+    return question, _splits(model, text, eval_text, settings)
+
+
+def _begin(output: Path, parts: Splits, manifest: dict[str, Any], library: int) -> None:
+    """Make ``output`` a run without results; ``library`` are the bytes that its largest part will have."""
+    require_space(output, library + _OTHER_FILES)
     output.mkdir(parents=True, exist_ok=True)
     tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
     write_safetensors(output / _TEXTS, tensors)
-    names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
-    manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
-    write_json(output / MANIFEST, question | manifest)
-    return decoder
+    write_json(output / MANIFEST, manifest)
 
 
 def _unfinished_start(file: Path) -> bool:
@@ -146,22 +184,46 @@ def _splits(model: str | Path, text: str | Path, eval_text: str | Path | None, s
 
 
 def _calibrate(session: Session, progress: Progress) -> None:
-    """Write every layer's statistics, ranking and library; nothing to do if the last layer's are there."""
-    run, layers = session.run, session.run.structure.layers
+    """Write every layer's statistics, ranking and library; nothing to do if all are there.
+
+    All of n processes have all statistics. Process r stores layers r, r + n, …, so that they factorise side by side.
+    """
+    run, layers, processes = session.run, session.run.structure.layers, ranks.world()
+    if ranks.from_first(lambda: all((run.path / layer_file("library", index)).exists() for index in range(layers))):
+        return
     for folder in ("statistics", "library"):
         (run.path / folder).mkdir(exist_ok=True)
-    if (run.path / layer_file("library", layers - 1)).exists():
-        return
     computing = session.decoder.to(compute_dtype(session.decoder.dtype, session.device))
-    sequences, name, scores = run.sequences("calibration"), run.settings.ranking, [None] * layers
-    if name in GRADIENT_RANKINGS:
-        scores = gradient_scores(name, computing, sequences, run.settings.seed)
-    stream = calibrate(computing, sequences)
+    sequences = run.sequences("calibration")
+    scores = _scores(session, computing, sequences)
+    stream, mine = calibrate(computing, sequences), []
     progress("calibrate", 0, layers)
     for index in range(layers):
-        # Passed on and forgotten: a name here would keep one layer's Grams while the next one's are computed.
-        _store_layer(session, index, next(stream), scores[index])
-        progress("calibrate", index + 1, layers)
+        own = index - index % processes + ranks.rank()
+        # Never a name for what is next: it would keep one layer's Grams while the next one's are computed.
+        if index == own:
+            mine.append(next(stream))
+        else:
+            next(stream)
+        if (index + 1) % processes == 0 or index + 1 == layers:
+            if mine:
+                _store_layer(session, own, mine.pop(), scores[own])
+            progress("calibrate", index + 1, layers)
+    ranks.barrier()
+
+
+def _scores(session: Session, decoder: Decoder, sequences: Tensor) -> list[Scores | None]:
+    """Every layer's scores for a ranking by gradients, the first process's in all; None each for other rankings."""
+    settings = session.run.settings
+    if settings.ranking not in GRADIENT_RANKINGS:
+        return [None] * session.run.structure.layers
+    _require_weights(decoder, settings)
+
+    def found() -> list[dict[str, Tensor]]:
+        layers = gradient_scores(settings.ranking, decoder, sequences, settings.seed)
+        return [{kind: score.cpu() for kind, score in layer.items()} for layer in layers]
+
+    return [{kind: score.to(session.device) for kind, score in layer.items()} for layer in ranks.from_first(found)]
 
 
 def _store_layer(session: Session, index: int, statistics: LayerStatistics, scores: Scores | None) -> None:
@@ -170,17 +232,23 @@ def _store_layer(session: Session, index: int, statistics: LayerStatistics, scor
     ranking = rank_layer(run.settings.ranking, decoder, index, statistics, scores)
     write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
     ranked = permute_layer(decoder.names(index), decoder.layers[index], ranking)
-    outputs = decoder.names(index).outputs(ranked)
-    save_refits(run.path / layer_file("library", index), refit_layer(outputs, statistics, ranking, run.grid, index))
+    factors = factorise_layer(decoder.names(index).outputs(ranked), statistics, ranking, run.grid, index)
+    save_factors(run.path / layer_file("library", index), factors)
 
 
 def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:
     tensors = {f"ranking.{kind}": ranking.of(kind) for kind in KINDS}
     for kind in KINDS:
-        # The Gram itself is not stored: the library's L⁻¹ holds it, since H + λI = L Lᵀ.
+        # The Gram itself is not stored: the library's factors are all that is needed of it.
         if (part := statistics.of(kind)) is not None:
             tensors |= {f"{kind}.mean": part.mean, f"{kind}.variance": part.variance}
     return tensors
+
+
+def _conclude(session: Session, started: float, before: dict[str, float], progress: Progress) -> None:
+    """All that follows calibration; in the first process, while others evaluate for it."""
+    _learn(session, progress)
+    _finish(session, time.perf_counter() - started, before)
 
 
 def _learn(session: Session, progress: Progress) -> None:
@@ -201,16 +269,18 @@ def _learn(session: Session, progress: Progress) -> None:
     progress("learn", 1, 1)
 
 
-def _finish(session: Session, seconds: float) -> None:
+@timed("finishing")
+def _finish(session: Session, took: float, before: dict[str, float]) -> None:
+    """Mark the run as complete; it says where the time of this process went since ``before``."""
     run = session.run
     run.experience.close()  # folds the write-ahead log into the file: a finished run can be copied
     device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
-    write_json(run.path / MANIFEST, run.manifest | {"state": "complete", "device": device, "seconds": seconds})
+    told = {"state": "complete", "device": device, "seconds": took, "timings": since(before)}
+    write_json(run.path / MANIFEST, run.manifest | told)
 
 
 def _sha256(path: str | Path) -> str:
     try:
-        with open(path, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return sha256_of(Path(path))
     except OSError as error:
         raise InputError("text", path, f"cannot be read ({error.strerror})", "Give a UTF-8 text file") from None

@@ -70,6 +70,13 @@ def expected_tensors(config: PreTrainedConfig) -> dict[str, torch.Size]:
     return shapes
 
 
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """``config``'s model without weights: its parameters, in ``dtype``, have shapes only."""
+    model = _on_meta(config).to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
 def build(
     config: PreTrainedConfig,
     state_dict: Mapping[str, Tensor],

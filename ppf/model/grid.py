@@ -141,3 +141,8 @@ def portable_multiple(structure: Structure) -> int:
     readers but DeciLM's accept."""
     channels = math.gcd(*(sublayer.units for sublayer in structure.ffn))
     return next(m for m in range(PORTABLE_MULTIPLE, 0, -1) if channels % m == 0)
+
+
+def unrestricted(grid: Grid) -> Grid:
+    """``grid`` itself or, if it holds portable policies only, all policies beside them, FFN widths as fine as usual."""
+    return Grid(grid.structure, math.gcd(grid.ffn_multiple, Grid.ffn_multiple)) if grid.portable else grid

@@ -19,6 +19,7 @@ _RATE = 3e-3
 _TEMPERATURE = 0.3
 _FEWEST = 20  # steps that the schedule of the learning rate needs
 _START = 4  # answers that breeding starts from at every budget
+_PARTS = 4  # a step looks at every fourth budget: as good as all of them, in a quarter of the time
 
 
 def imitate_breeding(
@@ -28,7 +29,7 @@ def imitate_breeding(
     generator, judge = torch.Generator().manual_seed(seed), cautious(predictor, caution)
     ratio = stratified_ratios(budgets, generator).to(agent.device)
     best = breed(_answers(agent, ratio, generator), ratio, judge, agent.grid, generator, effort)[:, 0]
-    _imitate(agent, ratio, best, max(steps, _FEWEST))
+    _imitate(agent, ratio, best, max(steps, _FEWEST), generator)
 
 
 def _answers(agent: Agent, ratio: Tensor, generator: Generator) -> Tensor:
@@ -37,14 +38,16 @@ def _answers(agent: Agent, ratio: Tensor, generator: Generator) -> Tensor:
     return torch.stack([agent(ratio), *noisy], 1)
 
 
-def _imitate(agent: Agent, ratio: Tensor, best: Tensor, steps: int) -> None:
+def _imitate(agent: Agent, ratio: Tensor, best: Tensor, steps: int, generator: Generator) -> None:
     """Cross-entropy of the agent's relaxed policies with definite ones int64 [R, S]."""
     optimiser = torch.optim.Adam(agent.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)
-    near = None
-    for _ in range(steps):
-        probabilities, near = agent.relaxed_near(ratio, _TEMPERATURE, near)
-        chosen = probabilities.gather(-1, best[..., None])
+    with torch.no_grad():
+        near = agent.relaxed_near(ratio, _TEMPERATURE, None)[1]
+    for first in torch.randint(_PARTS, (steps,), generator=generator).tolist():
+        part = slice(first, None, _PARTS)
+        probabilities, near[part] = agent.relaxed_near(ratio[part], _TEMPERATURE, near[part])
+        chosen = probabilities.gather(-1, best[part, :, None])
         loss = -chosen.clamp_min(1e-9).log().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ...errors import InputError
+from ...timings import timed
 from ..candidates.breeding import Effort, cautious
 from ..predictor import Predictor
 from .actor import Agent
@@ -34,6 +35,7 @@ def trainer_named(name: str) -> Callable[..., None]:
     return TRAINERS[name]
 
 
+@timed("learning agent")
 def train_agent(
     agent: Agent,
     predictor: Predictor,

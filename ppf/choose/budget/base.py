@@ -45,6 +45,8 @@ class Budget(ABC):
     """How it is asked for: the command line's option without its dashes."""
     unit: ClassVar[str]
     """Of what is requested and reported."""
+    timed: ClassVar[bool] = False
+    """Whether a result must run to be measured; else its shapes are enough."""
 
     def __init__(self, grid: Grid, requested: float, costs: Costs, target: float, limit: float = math.inf):
         self.grid, self.requested, self.costs, self.target, self.limit = grid, requested, costs, target, limit
@@ -56,7 +58,8 @@ class Budget(ABC):
 
     @abstractmethod
     def delivered(self, model: PreTrainedModel) -> float:
-        """What a materialised ``model`` itself has, counted or timed, in ``unit``."""
+        """What a materialised ``model`` itself has, counted or timed, in ``unit``; counted ones ask for no weights
+        (:func:`ppf.model.build.skeleton`)."""
 
     @abstractmethod
     def is_met(self, value: float) -> bool:

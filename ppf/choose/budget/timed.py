@@ -18,6 +18,7 @@ class _TimedBudget(LimitBudget):
     """A limit on the milliseconds of a profile's workload."""
 
     phase: str
+    timed = True
 
     def __init__(self, grid: Grid, requested: float, profile: Profile, milliseconds: float):
         self.profile = profile

@@ -58,7 +58,8 @@ def mutate(
     budget = own if ratio is None else torch.as_tensor(ratio, device=device).to(own).expand(len(levels))
     count = torch.randint(1, swaps + 1, (len(levels), 1), generator=generator)
     noise = torch.rand(levels.shape, generator=generator)
-    chosen = noise.argsort(-1).argsort(-1) < 2 * count  # 2·count random sub-layers a row
+    last = noise.sort(-1).values.gather(-1, (2 * count).clamp_max(noise.shape[-1]) - 1)
+    chosen = noise <= last  # 2·count random sub-layers a row
     sign = torch.where(torch.rand(levels.shape, generator=generator) < 0.5, -1, 1)
     size = torch.randint(1, 3, levels.shape, generator=generator)
     moved = (levels + (chosen * sign * size).to(device)).clamp(projector.minimum, projector.maximum)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...timings import timed
 from .base import Predictor
 
 
+@timed("learning predictor")
 def fit_predictor(
     predictor: Predictor, levels: Tensor, log_perplexity: Tensor, seed: int, steps: int = 800, fresh: bool = True
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,12 +10,11 @@ from transformers import PreTrainedModel
 from ... import checkpoint
 from ...errors import InputError
 from ...families import family_of
-from ...fast.permute import permute_layer
+from ...fast.permute import take_permuted
 from ...fitting.run import Run
 from ...fitting.session import Session
-from ...model.decoder import Decoder
-from ...model.layer import LayerRanking
 from ...model.policy import Policy
+from ...model.stream import Placement
 from .model import elastic_class, elastic_model
 
 
@@ -43,7 +40,7 @@ def _elastic(run: Run, device: str | torch.device, dtype: str | torch.dtype, ref
     run.require_complete()
     run.require_model()
     elastic_class(family_of(checkpoint.read_config(run.model_path).model_type))  # refused before any weight is read
-    decoder = _ranked(checkpoint.load_decoder(run.model_path, device, dtype), run.ranking)
+    decoder = take_permuted([checkpoint.load_decoder(run.model_path, device, dtype, Placement("gpu"))], run.ranking)
     session = Session(run, device, decoder)
     session.permuted = decoder  # the library's dense weights are the model's: nothing is held twice
     library = session.library if refit else None
@@ -58,11 +55,3 @@ def _percents(run: Run) -> dict[float, Policy]:
     """The agent's policies for all whole percents that the structure can give, in one forward pass."""
     ratios = [percent / 100 for percent in range(1, 100) if percent / 100 <= run.grid.maximum_ratio]
     return dict(zip(ratios, run.grid.decode(run.agent(torch.tensor(ratios))), strict=True))
-
-
-def _ranked(decoder: Decoder, ranking: Sequence[LayerRanking]) -> Decoder:
-    """``decoder``, which nobody else holds, in ranking order; layer by layer, so that only one of them exists twice."""
-    layers, decoder = list(decoder.layers), replace(decoder, layers=())
-    for index, order in enumerate(ranking):
-        layers[index] = permute_layer(decoder.names(index), layers[index], order)
-    return replace(decoder, layers=tuple(layers))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...families import family_of
+from .objective import Root
 from .settings import RecoverySettings
+from .sharding import shard_student, widen
 
 
 def require_installed(method: str) -> None:
@@ -22,24 +26,50 @@ def require_installed(method: str) -> None:
 
 
 class Student:
-    """A pruned model in training. ``model`` computes with the weights being trained; :meth:`merged` ends it.
+    """A pruned model in training. ``root`` computes losses with the weights being trained, by name in ``trained``;
+    :meth:`merged` ends it.
 
     What is trained is held in fp32, the rest in the checkpoint's dtype (on a CPU in fp32 too). Dropout stays off.
+    ``shared`` is the device of this process, if every process is to hold a share of ``model`` there.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: RecoverySettings):
-        self.model, self._stored = model, model.dtype
-        if model.device.type == "cpu":
+    def __init__(self, model: PreTrainedModel, settings: RecoverySettings, shared: torch.device | None = None):
+        self.model, self.settings, self._stored = model, settings, model.dtype
+        self.device, self._shared = shared or model.device, shared is not None
+        if self.device.type == "cpu":
             model.float()
         model.requires_grad_(False)
         self._adapter = _add_lora(model, settings) if settings.method == "lora" else None
-        self.trained = _trained(model, settings.method)
-        for parameter in self.trained.values():
-            parameter.data = parameter.data.float()
+        for parameter in _trained(model, settings.method).values():
             parameter.requires_grad_(True)
+        self.root = Root(model)
+        if shared is None:
+            widen(model)
+        else:
+            # Autocast would keep bf16 copies of all that full trains; gathered in bf16, a layer is gone after its turn.
+            shard_student(self.root, model, shared, bf16=settings.method == "full" and shared.type == "cuda")
+        self.trained = _trained(model, settings.method)
+
+    def expect(self, last: bool) -> None:
+        """Say before a part of a batch whether it is the ``last``: gradients are summed over processes after it.
+
+        With method full after every part: the whole model's gradient would take 4 bytes a parameter in each process.
+        """
+        if self._shared:
+            self.root.set_requires_gradient_sync(last or self.settings.method == "full")
+
+    def release(self) -> None:
+        """Let go of the weights, which are saved elsewhere."""
+        self.model = self.root = self._adapter = None
+        self.trained = {}
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from ``weights``, whole and by the names in ``trained``."""
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(weights[name])
 
     def merged(self) -> PreTrainedModel:
-        """The ordinary model with the trained weights in it, in the checkpoint's own dtype."""
+        """The ordinary model with the trained weights in it, in the checkpoint's own dtype; of a whole model only."""
         model = self.model
         if self._adapter is not None:
             # In fp32, so that each weight is rounded once: after its update.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ... import checkpoint
+from ... import checkpoint, memory, ranks
 from ..._version import versions
 from ...checkpoint.checks import REPORT, existing_folder
 from ...checkpoint.hashes import sha256_of
@@ -22,13 +23,15 @@ from ...files import check_output, require_space
 from ...fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ...fitting.reader import Reader
 from ...fitting.run import Protocol
+from ...model.stream import Placement
 from ...progress import Progress, silent
+from ...timings import timed
 from .corpus import Corpus
 from .methods import Student, require_installed
-from .objective import Objective
 from .settings import RecoverySettings
 from .state import Unfinished
 from .teacher import find_teacher
+from .teaching import Teacher, load_teacher
 from .training import Training
 
 # What a report says of the pruned checkpoint's own perplexity; it moves under "recovery", for it holds no longer.
@@ -43,36 +46,41 @@ def recover(
     settings: RecoverySettings | None = None,
     teacher: str | Path | None = None,
     device: str = "auto",
+    placement: Placement | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train the checkpoint ``pruned`` on ``text`` and write the result, in the same format, to ``output``.
 
     The teacher is the dense model that ``ppf.json`` names, or ``teacher``; with ``settings.distillation`` 0 there is
-    none. The last 5 % of the text (at most 16,384 tokens) are not trained on: perplexity before and after is measured
-    there. While it runs, ``output`` + ".unfinished" holds its state; the same call goes on with it after Ctrl-C or a
-    kill, with the same result on a CPU. Returns the report that ``ppf.json`` holds. Raises ``InputError`` for anything
-    wrong with the arguments, before any work, and ``PPFError`` if the training diverges.
+    none. ``placement`` says where its weights are kept. The last 5 % of the text (at most 16,384 tokens) are not
+    trained on: perplexity before and after is measured there. While it runs, ``output`` + ".unfinished" holds its
+    state; the same call goes on with it after Ctrl-C or a kill, with the same result on a CPU.
+
+    Under torchrun, after :func:`ppf.ranks.start`, all processes make the same call, and each holds a share of the
+    weights and trains on a share of every batch; any number of them may go on with what any other began. Returns the
+    report that ``ppf.json`` holds. Raises ``InputError`` for anything wrong with the arguments, before any work, and
+    ``PPFError`` if the training diverges.
     """
-    job = _check(Path(pruned), text, Path(output), settings or RecoverySettings(), teacher, device, force)
+    settings, placement = settings or RecoverySettings(), placement or Placement()
+    job = ranks.from_first(lambda: _check(Path(pruned), text, Path(output), settings, teacher, device, force))
+    job = replace(job, device=ranks.device(job.device))
+    memory.bound(job.device, placement.gpu_memory)
+    progress = progress if ranks.first() else silent
     corpus = Corpus.of(job.reader.sequences(job.text))
-    model = checkpoint.load(job.pruned, device=str(job.device))
-    dense = None if job.teacher is None else checkpoint.load(job.teacher, device=str(job.device))
-    before = _measure(model, corpus, progress)
-    dense_measured = None if dense is None else _measure(dense, corpus, progress)
-    student = Student(model, job.settings)
-    _require_space(job.output, student)
-    job.unfinished.begin()
-    started = time.perf_counter()
-    losses = _train(student, corpus, dense, job, progress)
-    seconds = time.perf_counter() - started
-    recovered = student.merged()
-    after = _measure(recovered, corpus, progress)
-    report = _report(job, corpus, (before, after, dense_measured), losses, seconds)
-    source = checkpoint.Checkpoint(job.pruned)
-    checkpoint.save(recovered, job.reader.tokenizer, job.output, report, force, source)
-    job.unfinished.remove()
-    return report
+    with ranks.together():
+        student, before = _begin(job, corpus, progress)
+        dense, losses, seconds = _train(student, corpus, job, placement, progress)
+
+    def end() -> dict[str, Any]:
+        recovered = _end(student, job)
+        after = _measure(recovered, corpus, progress)
+        report = _report(job, corpus, (before, after, dense), losses, seconds)
+        checkpoint.save(recovered, job.reader.tokenizer, job.output, report, force, checkpoint.Checkpoint(job.pruned))
+        job.unfinished.remove()
+        return report
+
+    return ranks.from_first(end)
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,15 @@ def _check(
         "checkpoint": checkpoint.fingerprint(pruned),
         "text": sha256_of(Path(text)),
         "teacher": None if folder is None else checkpoint.fingerprint(folder),
-        "settings": settings.to_dict(),
+        "settings": _deciding(settings),
         "device": target.type,
     }
     return _Job(pruned, Path(text), output, settings, folder, target, report, Unfinished(output, question), reader)
+
+
+def _deciding(settings: RecoverySettings) -> dict[str, Any]:
+    """What the result depends on: any number of tokens at once gives the same but for rounding."""
+    return {name: value for name, value in settings.to_dict().items() if name != "micro_tokens"}
 
 
 def _check_destination(output: Path, force: bool, inputs: dict[str, Path | None]) -> None:
@@ -128,28 +141,66 @@ def _require_file(text: str | Path) -> None:
         raise InputError("text", text, "is not a file", "Give a UTF-8 text file")
 
 
-def _require_space(output: Path, student: Student) -> None:
-    trained = sum(parameter.numel() for parameter in student.trained.values())
-    # The state (weight and two moments in fp32) exists twice while it is replaced.
-    require_space(output, model_bytes(student.model) + 2 * 12 * trained)
+@timed("reading weights")
+def _begin(job: _Job, corpus: Corpus, progress: Progress) -> tuple[Student, dict[str, Any] | None]:
+    """The student, and in the first process what is measured of the pruned model, which is whole there for that."""
+    if ranks.world() == 1:
+        model = checkpoint.load(job.pruned, device=str(job.device))
+        before = _measure(model, corpus, progress)
+        return Student(model, job.settings), before
+
+    def measure() -> dict[str, Any]:
+        return _measure(checkpoint.load(job.pruned, device=str(job.device)), corpus, progress)
+
+    before = ranks.from_first(measure)
+    # Mapped: every process takes its share of one layer after the other.
+    return Student(checkpoint.load(job.pruned), job.settings, job.device), before
 
 
 def _train(
-    student: Student, corpus: Corpus, dense: PreTrainedModel | None, job: _Job, progress: Progress
-) -> list[float]:
-    objective = Objective(dense, job.settings.distillation)
-    return Training(student, corpus, objective, job.settings, job.unfinished).run(progress)
+    student: Student, corpus: Corpus, job: _Job, placement: Placement, progress: Progress
+) -> tuple[dict[str, Any] | None, list[float], float]:
+    """What is measured of the dense model, the loss of every step, and the seconds that they took."""
+    training = Training(student, corpus, job.settings, job.unfinished)
+    teacher = None if job.teacher is None else load_teacher(job.teacher, job.device, placement)
+    with timed("scoring"):
+        dense = None if teacher is None else _measured(teacher.log_perplexity(corpus.held_out, progress), teacher)
+    ranks.from_first(lambda: _make_room(job, student))
+    started = time.perf_counter()
+    losses = training.run(teacher, progress)
+    return dense, losses, time.perf_counter() - started
 
 
+def _end(student: Student, job: _Job) -> PreTrainedModel:
+    """The recovered model; of shares, made anew from the pruned one and the state on disk."""
+    if ranks.world() > 1:
+        student.release()
+        gc.collect()  # FSDP's modules and their hooks know each other
+        student = Student(checkpoint.load(job.pruned, device=str(job.device)), job.settings)
+        student.take(job.unfinished.weights())
+    return student.merged()
+
+
+def _make_room(job: _Job, student: Student) -> None:
+    trained = sum(parameter.numel() for parameter in student.trained.values())
+    # The state (weight and two moments in fp32) exists twice while it is replaced.
+    require_space(job.output, model_bytes(student.model) + 2 * 12 * trained)
+    job.unfinished.begin()
+
+
+@timed("scoring")
 def _measure(model: PreTrainedModel, corpus: Corpus, progress: Progress) -> dict[str, Any]:
     """Perplexity on the part of the text that is not trained on."""
     scored = in_compute_dtype(model)
-    value = model_log_perplexity(scored, corpus.held_out, progress)
+    return _measured(model_log_perplexity(scored, corpus.held_out, progress), scored)
+
+
+def _measured(value: float, model: PreTrainedModel | Teacher) -> dict[str, Any]:
     return {
         "log_perplexity": value,
         "perplexity": math.exp(value),
-        "dtype": str(scored.dtype).removeprefix("torch."),
-        "device": str(scored.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
     }
 
 
@@ -165,6 +216,7 @@ def _report(
         "settings": settings.to_dict(),
         "teacher": None if job.teacher is None else str(job.teacher.resolve()),
         "text": {"path": protocol["text"], "sha256": protocol["sha256"], "training_tokens": corpus.training.numel()},
+        "processes": ranks.world(),
         "steps": settings.steps,
         "tokens": settings.steps * settings.batch * settings.sequence_length,
         "before": before,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from ...errors import InputError
 from ...files import write_json, write_safetensors
 
 _QUESTION, _STATE = "question.json", "state.safetensors"
+_WEIGHT = "weight."
 _REMEDY = "Use the same arguments to resume it, or delete the folder to start anew"
 
 
@@ -51,6 +52,12 @@ class Unfinished:
         except (OSError, SafetensorError) as error:
             problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
             raise InputError("output", file, problem, "Delete the folder to start anew") from None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in the saved state, on the CPU, by their names."""
+        with safe_open(self.path / _STATE, framework="pt") as saved:
+            names = [name for name in saved.keys() if name.startswith(_WEIGHT)]  # noqa: SIM118  (no mapping)
+            return {name.removeprefix(_WEIGHT): saved.get_tensor(name) for name in names}
 
     def save(self, state: dict[str, Tensor]) -> None:
         """Replace the saved state, atomically."""

@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 
 from ...fast import batched
+from ...fast import together as grouped  # this package has a module of that name
 from ...fast.batched import Batched
+from ...fast.layer_major import LayerMajor, Stepper
 from ...fast.losses import logits
+from ...fast.one_by_one import OneByOne
 from ...fast.plan import executed
+from ...fast.together import Together
 from ...model.decoder import Decoder
 from ...model.grid import Grid
 from ...model.policy import Policy
 from ...text import take_tokens
 from ..library import Library
-from .serial import Serial
 
 # Policies worth handing over at once: enough to share work, few enough that a kill loses seconds.
 _CHUNK = {"cuda": 32, "cpu": 4}
+# Largest hidden size at which the grouped kernels beat cuBLAS on prefix views. Measured: dev/LOG.md, 2026-11-28.
+_LARGEST_TOGETHER = 1024
+# Where layers stream, a wave must compute for longer than a layer's copy takes.
+_STREAMED_CHUNK = 64
 
 
 class Evaluator:
@@ -34,7 +41,7 @@ class Evaluator:
     def __init__(self, decoder: Decoder, grid: Grid, sequences: Tensor, library: Library | None = None):
         self.decoder, self.grid, self.library = decoder, grid, library
         self.sequences = sequences.to(decoder.device)
-        self._engines: dict[int, Serial | Batched] = {}  # by number of sequences
+        self._engines: dict[int, LayerMajor | Batched] = {}  # by number of sequences
 
     @property
     def tokens(self) -> int:
@@ -44,7 +51,7 @@ class Evaluator:
     @property
     def chunk(self) -> int:
         """How many policies to evaluate at once if there are many."""
-        return _CHUNK[self.decoder.device.type]
+        return _CHUNK[self.decoder.device.type] if self.decoder.resident else _STREAMED_CHUNK
 
     @cached_property
     def _prepared(self) -> list[batched.PreparedLayer]:
@@ -69,23 +76,33 @@ class Evaluator:
     @torch.no_grad()
     def logits(self, policy: Policy, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of int64 ``tokens`` [B, T]."""
-        found: list[Tensor] = []
-        engine = Serial(self.decoder, self.grid, tokens.to(self.decoder.device), self.library)
-        engine.visit(self._levels([policy]), lambda _, __, hidden: found.append(hidden))
+        hidden = self._layer_major(tokens.to(self.decoder.device)).hidden(self._levels([policy])[0])
         frame = self.decoder.frame
-        return logits(frame.norm(torch.cat(found)), frame.head, frame.scale, frame.cap)
+        return logits(frame.norm(hidden), frame.head, frame.scale, frame.cap)
 
     def _levels(self, policies: Sequence[Policy]) -> list[list[int]]:
         """Levels in execution order."""
         return [executed(row) for row in self.grid.encode(policies).tolist()]
 
-    def _engine(self, sequences: Tensor) -> Serial | Batched:
+    def _engine(self, sequences: Tensor) -> LayerMajor | Batched:
         """The engine of a part of the text; kept, for it remembers dense activations."""
         if len(sequences) not in self._engines:
             self._engines[len(sequences)] = self._make_engine(sequences)
         return self._engines[len(sequences)]
 
-    def _make_engine(self, sequences: Tensor) -> Serial | Batched:
+    def _make_engine(self, sequences: Tensor) -> LayerMajor | Batched:
         if batched.applies(self.decoder):
             return Batched(self.decoder, self.grid, self._prepared, sequences)
-        return Serial(self.decoder, self.grid, sequences, self.library)
+        return self._layer_major(sequences)
+
+    def _layer_major(self, sequences: Tensor) -> LayerMajor:
+        reserved = 0 if self.library is None else max(0, self.library.outstanding)
+        return LayerMajor(self.decoder, self.grid, sequences, self._stepper, reserved)
+
+    @cached_property
+    def _stepper(self) -> Stepper:
+        """Many policies a launch where one alone leaves a GPU idle, else one after the other through cuBLAS."""
+        small = self.decoder.structure.hidden <= _LARGEST_TOGETHER
+        if self.decoder.resident and small and grouped.unserved_by(self.decoder) is None:
+            return Together(self.decoder, self.grid, self.library)
+        return OneByOne(self.decoder, self.grid, self.library)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ...errors import PPFError
 from ...model.policy import Policy
+from ...timings import timed
 from ..experience import Evaluation, Experience
 from . import Evaluator
 
@@ -17,6 +18,7 @@ def measure(evaluator: Evaluator, experience: Experience, policy: Policy, round:
     return measure_many(evaluator, experience, [policy], round, source)[0]
 
 
+@timed("evaluating")
 def measure_many(
     evaluator: Evaluator,
     experience: Experience,

@@ -39,9 +39,14 @@ def model_log_perplexity(model: PreTrainedModel, sequences: Tensor, progress: Pr
         progress("score", scored, sequences.numel())
     count, length = sequences.shape
     value = float(total) / (count * (length - 1))
-    if not math.isfinite(value):
-        raise PPFError(f"the log-perplexity is {value}: activations overflow in {model.dtype}. Use float32 or bfloat16")
+    require_finite(value, model.dtype)
     return value
+
+
+def require_finite(value: float, dtype: torch.dtype) -> None:
+    """Raise ``PPFError`` for a log-perplexity that is not a number."""
+    if not math.isfinite(value):
+        raise PPFError(f"the log-perplexity is {value}: activations overflow in {dtype}. Use float32 or bfloat16")
 
 
 def in_compute_dtype(model: PreTrainedModel) -> PreTrainedModel:

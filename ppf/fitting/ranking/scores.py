@@ -16,6 +16,7 @@ from ...errors import InputError
 from ...families import KINDS
 from ...model.decoder import Decoder
 from ...model.layer import LayerRanking
+from ...timings import timed
 from ..calibration import LayerStatistics, Moments, Statistics
 from .gradient import GRADIENT_RANKINGS, Scores
 from .obs import removal_scores
@@ -88,6 +89,7 @@ def check_ranking(name: str) -> None:
         ranking_named(name)
 
 
+@timed("ranking")
 def rank_layer(
     name: str, decoder: Decoder, index: int, statistics: LayerStatistics, scores: Scores | None = None
 ) -> LayerRanking:

@@ -19,6 +19,7 @@ from ...choose.predictor import Predictor
 from ...errors import InputError, PPFError
 from ...model.grid import Grid
 from ...model.policy import Policy
+from ...timings import timed
 from ..experience import Evaluation
 
 # Share of a round that comes from the agent itself, from the agent with noise; the rest is bred on the predictor.
@@ -55,6 +56,7 @@ def initial_proposals(grid: Grid, count: int, seed: int) -> list[tuple[Policy, s
     return list(proposals.items())[:count]
 
 
+@timed("breeding proposals")
 def next_proposals(
     agent: Agent, predictor: Predictor, rows: Sequence[Evaluation], count: int, seed: int
 ) -> list[tuple[Policy, str]]:

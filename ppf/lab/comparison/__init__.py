@@ -47,17 +47,18 @@ def compare(
     Writes into ``output`` and returns what ``comparison.json`` holds. If ``output`` holds an unfinished comparison of
     the same run and text, its finished cells are kept; methods and ratios may be added. Raises ``InputError`` for
     anything wrong with the arguments, before any work: among it a ``text`` that policies were chosen on, and a method
-    that the model's family does not allow (one that stands here only because of "all" is left out instead).
+    that the model's family, or weights that stream, do not allow (one that stands here only because of "all" is left
+    out instead).
     """
     run, output = session.run, Path(output)
     for ratio in ratios:
         check_ratio(ratio, run.grid)
-    methods, left_out = suited(methods, family_of(read_config(run.model_path).model_type))
     sequences = Reader.of(run.model_path, run.settings.sequence_length).sequences(text)
     sequences = take_tokens(sequences, tokens)
     part = "all of it" if tokens is None else "evenly spaced sequences"
     protocol = Protocol.of_file(text, sequences, part)
     _require_other_text(run, protocol)
+    methods, left_out = suited(methods, family_of(read_config(run.model_path).model_type), session.permuted.resident)
     _ask(output, {"run": _identity(run), "protocol": protocol.to_dict(), "seed": seed})
     cells = compute(Cells(session, sequences, output / "cells", seed), methods, ratios, progress)
     data = _summary(session, protocol, seed, ratios, cells) | {"left_out": left_out}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from ...choose.budget import RatioBudget
 from ...families import KINDS, Family
-from ...fast.permute import permuted
+from ...fast.permute import permute_layer
 from ...fitting.calibration import LayerStatistics
 from ...fitting.masked import masked_losses
 from ...fitting.ranking import rank_layer
 from ...fitting.session import Session
 from ...model.decoder import Decoder
 from ...model.grid import Grid
-from ...model.layer import LayerRanking, expand_units
+from ...model.layer import Layer, LayerRanking, expand_units
 from ...model.policy import Policy
 from ...model.precision import compute_dtype
 from ..peers import PEERS, PeerStatistics
@@ -41,32 +45,53 @@ def unsuited(name: str, family: Family) -> str | None:
 def measure_as_is(session: Session, name: str, statistics: PeerStatistics, ratio: float, sequences: Tensor) -> tuple:
     """Policy and log-perplexity on int64 ``sequences`` [N, T] of the masked model, nothing refitted."""
     ranking_name, allocation, with_biases = AS_IS[name]
-    run = session.run
-    policy = PEERS[allocation].allocate(run.structure, statistics, RatioBudget(run.grid, ratio))
-    moments = [run.moments(index) for index in range(run.structure.layers)]
-    ranking = _ranking(session, ranking_name, moments)
-    decoder = permuted(session.decoder, ranking).to(compute_dtype(session.decoder.dtype, session.device))
+    grid = session.run.grid
+    policy = PEERS[allocation].allocate(session.run.structure, statistics, RatioBudget(grid, ratio))
+    decoder, moments = session.permuted, statistics.moments  # both in the run's order, to which the ranking refers
+    ranking = _ranking(decoder, ranking_name, moments)
+    decoder = decoder.to(compute_dtype(decoder.dtype, decoder.device))
+    decoder = replace(decoder, layers=_Reordered(decoder, ranking))
     biases = _biases(decoder, ranking, moments, policy) if with_biases else {}
-    return policy, _log_perplexity(decoder, run.grid, policy, sequences, biases)
+    return policy, _log_perplexity(decoder, grid, policy, sequences, biases)
 
 
-def _ranking(session: Session, name: str, moments: list[LayerStatistics]) -> list[LayerRanking]:
-    """Scores that need no gradients look at moments only, which is what a run keeps of its statistics."""
+class _Reordered(Sequence[Layer]):
+    """A decoder's layers in a ranking's order, made when asked for: none exists twice for long."""
+
+    def __init__(self, decoder: Decoder, ranking: Sequence[LayerRanking]):
+        self._decoder, self._ranking, self._made = decoder, ranking, (-1, {})
+
+    def __len__(self) -> int:
+        return len(self._ranking)
+
+    def __getitem__(self, index: int) -> Layer:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._made[0] != index:
+            self._made = -1, {}
+            layer = permute_layer(self._decoder.names(index), self._decoder.layers[index], self._ranking[index])
+            self._made = index, layer
+        return self._made[1]
+
+
+def _ranking(decoder: Decoder, name: str, moments: Sequence[LayerStatistics]) -> list[LayerRanking]:
+    """Scores that need no gradients look at moments only, which is what a run keeps of its statistics; ``moments`` in
+    the decoder's own order."""
     found = []
     for index, layer in enumerate(moments):
-        there = {kind: None if layer.of(kind) is None else layer.of(kind).to(session.device) for kind in KINDS}
-        found.append(rank_layer(name, session.decoder, index, LayerStatistics(**there)))
+        there = {kind: None if layer.of(kind) is None else layer.of(kind).to(decoder.device) for kind in KINDS}
+        found.append(rank_layer(name, decoder, index, LayerStatistics(**there)))
     return found
 
 
 def _biases(
-    decoder: Decoder, ranking: list[LayerRanking], moments: list[LayerStatistics], policy: Policy
+    decoder: Decoder, ranking: Sequence[LayerRanking], moments: Sequence[LayerStatistics], policy: Policy
 ) -> dict[int, Tensor]:
     """FLAP's compensation by sub-layer: W·x̄ over the removed channels, [hidden], and the output's own bias where all
-    are removed. ``decoder`` stands in ranking order, ``moments`` in checkpoint order."""
+    are removed. ``decoder`` stands in the ranking's order, ``moments`` in that to which it refers."""
     biases, structure = {}, decoder.structure
-    for sublayer, part in enumerate(structure.sublayers):
-        kind, index = KINDS[sublayer // structure.layers], sublayer % structure.layers
+    for index, kind in product(range(structure.layers), KINDS):  # layer by layer: they may stream
+        part, sublayer = structure.of(kind)[index], index + KINDS.index(kind) * structure.layers
         if part.units:
             order, kept = expand_units(ranking[index].of(kind), part.columns), policy[kind][index] * part.columns
             mean = moments[index].of(kind).mean[order][kept:].to(decoder.device)

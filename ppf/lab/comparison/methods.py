@@ -15,6 +15,8 @@ _OURS = {"dynamic": 0, "static": 150}
 _GIVEN = {name: peer.evaluations for name, peer in PEERS.items()} | dict.fromkeys(AS_IS, 0) | _OURS
 # Methods that use as many evaluations as they are given; others take what they need, at most what they are given.
 _BY_BUDGET = ("random", "evopress", "evolution", "static")
+# Methods that hold the gradients of all weights.
+_BY_GRADIENTS = ("tracenas",)
 
 ALL = ("wanda-sp as is", "flap as is", *PEERS, "evolution:5000", "dynamic", "static", "static:1500")
 
@@ -57,16 +59,23 @@ def parse_methods(text: str) -> list[Method]:
     return methods
 
 
-def suited(methods: Sequence[Method], family: Family) -> tuple[list[Method], dict[str, str]]:
-    """The methods that can be run on models of ``family``, and of all others the label with the reason.
+def suited(methods: Sequence[Method], family: Family, resident: bool = True) -> tuple[list[Method], dict[str, str]]:
+    """The methods that can be run on models of ``family``, whose weights are ``resident`` or stream, and of all others
+    the label with the reason.
 
     Raises ``InputError`` for one of these that was asked for by name.
     """
-    reasons = {method: reason for method in methods if (reason := unsuited(method.name, family))}
+    reasons = {method: reason for method in methods if (reason := _obstacle(method.name, family, resident))}
     for method, reason in reasons.items():
         if method.by_name:
             raise InputError("methods", method.name, reason, "Leave it out for this model")
     return [m for m in methods if m not in reasons], {m.label: reason for m, reason in reasons.items()}
+
+
+def _obstacle(name: str, family: Family, resident: bool) -> str | None:
+    if name in _BY_GRADIENTS and not resident:
+        return "needs gradients of all weights at once, and these stream"
+    return unsuited(name, family)
 
 
 def _parse(text: str, by_name: bool) -> Method:

@@ -21,7 +21,9 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     Scores are WIFV, Var(x_j)·‖W[:,j]‖₂², standardised within each layer; the attention's are squared first and then
     averaged over a kv-group. Each unit counts with its cost, (2g+2)·d/3 channels for a kv-group without biases.
     """
-    scores = [_unit_scores(statistics, kind, index) for kind in KINDS for index in range(structure.layers)]
+    # Layer by layer, for these may stream; then by sub-layer.
+    layers = [{kind: _unit_scores(statistics, kind, index) for kind in KINDS} for index in range(structure.layers)]
+    scores = [layer[kind] for kind in KINDS for layer in layers]
     kept = above_threshold(scores, [sublayer.cost for sublayer in structure.sublayers], budget.kept)
     return budget.policy(torch.tensor([float(k.double().mean()) if len(k) else 0.0 for k in kept]))
 

@@ -26,8 +26,10 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
 
     The proxy is Σ over all projections of (kept share) · (Pearson correlation between the loss gradients of the dense
     and of the candidate's weights), removed weights having gradient zero; on 4,096 tokens of calibration text, with the
-    dense output projections cut to the width. The authors add low-rank gradients to save memory; here they are exact.
+    dense output projections cut to the width. The authors add low-rank gradients to save memory; here they are exact,
+    and all weights must be resident: ``InputError`` if they stream.
     """
+    statistics.decoder.require_resident("TraceNAS")
     agreement = _Agreement(statistics, budget)
     return evolve(statistics, budget, _PROXIES, lambda policies: [-agreement(policy) for policy in policies])
 
