@@ -52,19 +52,19 @@ MULTIPLES = {"llama-2-7b": 688, "llama-3.1-70b": 1792, "llama-3.2-1b": 512, "smo
 
 
 class Repeated:
-    """``count`` layers, of which only those of ``host`` are distinct."""
+    """``count`` layers, of which only those of ``hosts``, one each, are distinct."""
 
-    def __init__(self, host: Host, count: int):
-        self.host, self.count = host, count
+    def __init__(self, hosts: list[Host], count: int):
+        self.hosts, self.count = hosts, count
 
     def __len__(self) -> int:
         return self.count
 
     def __call__(self, index: int) -> tuple[Packing, Tensor]:
-        return self.host(index % len(self.host))
+        return self.hosts[index % len(self.hosts)](0)
 
     def release(self, index: int, copied: torch.cuda.Event | None) -> None:
-        self.host.release(index, copied)
+        """Nothing to do: the blocks stay."""
 
 
 class Watched:
@@ -137,8 +137,8 @@ def streamed_decoder(name: str, distinct: int) -> Decoder:
         else torch.randn(s, dtype=torch.bfloat16, device=device) * 0.02
         for n, s in expected_tensors(config).items() if not n.startswith(LAYERS)
     }  # fmt: skip
-    host = Host(random_layers(name, distinct), pinned=True)
-    return Decoder.of_layers(config, Stream(Repeated(host, config.num_hidden_layers), device), outer)
+    hosts = [Host(iter([layer]), pinned=True) for layer in random_layers(name, distinct)]
+    return Decoder.of_layers(config, Stream(Repeated(hosts, config.num_hidden_layers), device), outer)
 
 
 class Fit:
@@ -164,8 +164,9 @@ class Fit:
         return time.perf_counter()
 
     def calibrate(self) -> None:
-        """Statistics, ranking and factors; of factors that leave the GPU only the first few are kept."""
-        stream, start, kept = calibrate(self.decoder, self.calibration), time.perf_counter(), []
+        """Statistics, ranking and factors. Of factors that leave the GPU only the first few are kept; the others are
+        copied over them."""
+        stream, start, errors, hosts = calibrate(self.decoder, self.calibration), time.perf_counter(), [], []
         for index in range(self.grid.structure.layers):
             statistics = next(stream)
             start = self.stage("calibrating", start)
@@ -175,16 +176,18 @@ class Fit:
             made = tensors_of(factorise_layer(outputs, statistics, ranking, self.grid, index))
             del statistics, ranked, outputs
             self.rankings.append(ranking)
-            moved = made if self.decoder.resident else {n: t.cpu() for n, t in made.items()}
-            self.factors.append(moved if self.decoder.resident or index < self.asked.distinct else None)
+            errors.append({name: t.cpu() for name, t in made.items() if not name.endswith("regression")})
+            if self.decoder.resident:
+                self.factors.append(made)
+            elif index < self.asked.distinct:
+                hosts.append(Host(iter([made]), pinned=True))
+            else:
+                packing, block = hosts[index % len(hosts)](0)
+                packing.pack(made, block)
             start = self.stage("ranking and factorising", start)
+        self.errors = errors
         if not self.decoder.resident:
-            kept = [tensors for tensors in self.factors if tensors is not None]
-            source = Repeated(Host(iter(kept), pinned=True), self.grid.structure.layers)
-            self.factors = Stream(source, self.decoder.device)
-            self.errors = [kept[index % len(kept)] for index in range(self.grid.structure.layers)]
-        else:
-            self.errors = self.factors
+            self.factors = Stream(Repeated(hosts, self.grid.structure.layers), self.decoder.device)
 
     def evaluate(self) -> dict:
         if not self.decoder.resident:

@@ -230,14 +230,14 @@ def programs(tiles: int, per_multiprocessor: int, device: torch.device) -> tuple
 
 # Measured on an H100 at hidden sizes 576 and 896, 16 states of 32,768 tokens: dev/LOG.md. Two programs on a
 # multiprocessor: one computes while the other begins or ends; or one with larger tiles, which L2 feeds more easily.
-HEADS = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3, "programs": 0}
+HEADS = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3, "programs": 2, "FLATTEN": True}
 # A head that is normalised lies within one tile.
-WIDE_HEADS = HEADS | {"BN": 256, "num_warps": 8}
-HIDDEN = {"BM": 256, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4, "programs": 1}
-OUTPUTS = {"BM": 128, "BN": 128, "BK": STEP, "num_warps": 4, "num_stages": 3, "programs": 0}
+WIDE_HEADS = HEADS | {"BN": 256, "num_warps": 8, "programs": 0, "FLATTEN": False}
+HIDDEN = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3, "programs": 2, "FLATTEN": True}
+OUTPUTS = {"BM": 128, "BN": 128, "BK": STEP, "num_warps": 4, "num_stages": 3, "programs": 2}
 # Where there are so many channels, a tile of which a part is cut off is a small share.
 _WIDE_CHANNELS = 2048
-WIDE_HIDDEN = HIDDEN | {"BM": 128, "BN": 256}
+WIDE_HIDDEN = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4, "programs": 1}
 
 
 def heads(

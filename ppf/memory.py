@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
 from .errors import InputError
 
 # What CUDA, its libraries and the kernels' code take on an H100 before torch allocates anything.
 _CONTEXT = 700 << 20
+# And what NCCL takes beside that where several processes share the work.
+_COMMUNICATION = 1700 << 20
 _limits: dict[int, int] = {}
 # A CPU's caches of activations and solutions: more gains nothing there.
 _CPU_ROOM = 8 << 30
@@ -27,8 +30,9 @@ def bound(device: torch.device, limit: int | None) -> None:
     if limit > total:
         remedy = "Use less, or leave it out"
         raise InputError("gpu-memory-gb", f"{limit / 1e9:g}", f"is more than the GPU's {total / 1e9:.0f}", remedy)
-    torch.cuda.set_per_process_memory_fraction((limit - _CONTEXT) / total, _number(device))
-    _limits[_number(device)] = limit - _CONTEXT
+    ours = limit - _outside()
+    torch.cuda.set_per_process_memory_fraction(ours / total, _number(device))
+    _limits[_number(device)] = ours
 
 
 def capacity(device: torch.device) -> int | None:
@@ -36,7 +40,7 @@ def capacity(device: torch.device) -> int | None:
     depend on that; None on a CPU, where memory decides nothing."""
     if device.type != "cuda":
         return None
-    total = torch.cuda.get_device_properties(device).total_memory - _CONTEXT
+    total = torch.cuda.get_device_properties(device).total_memory - _outside()
     return min(total, _limits.get(_number(device), total))
 
 
@@ -68,6 +72,11 @@ def host_room() -> int:
 def note(text: str) -> None:
     """One line to the user: what was done because memory is short."""
     warnings.warn(f"ppf: {text}", stacklevel=2)
+
+
+def _outside() -> int:
+    """Bytes that this process holds of a GPU outside torch's allocator."""
+    return _CONTEXT + (_COMMUNICATION if ranks.world() > 1 else 0)
 
 
 def _number(device: torch.device) -> int:

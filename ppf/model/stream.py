@@ -176,11 +176,20 @@ class Stream(Sequence[Layer]):
             torch.cuda.current_stream(self.device).wait_event(copied)
             for tensor in views.values():
                 tensor.record_stream(torch.cuda.current_stream(self.device))
-        for change in self._changes:
-            views = change(index, views)
+        if self._changes:
+            views = self._changed(index, views)
         following = (index + 1) % len(self)  # a wave of policies is followed by the next one, from the first layer
         self._next = None if len(self) == 1 else (following, self._thread.submit(self._fetch, following))
         return views
+
+    def _changed(self, index: int, views: Layer) -> Layer:
+        """``views`` after all changes. What is as it was, norms as a rule, is copied: it would keep the whole block."""
+        storage = {tensor.untyped_storage().data_ptr() for tensor in views.values()}
+        for change in self._changes:
+            views = change(index, views)
+        left = {name: t for name, t in views.items() if t.untyped_storage().data_ptr() in storage}
+        few = 2 * sum(t.nbytes for t in left.values()) < sum(t.nbytes for t in views.values())
+        return dict(views) | {name: t.clone() for name, t in left.items()} if few else views
 
     def _fetch(self, index: int) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """In the thread: the layer's tensors on the device, and the event that ends their copy."""
