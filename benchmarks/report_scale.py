@@ -34,24 +34,28 @@ def _filled(text: str, marker: str, parts: Iterable[str]) -> str:
 
 
 def _rates(data: dict[str, Any]) -> str:
-    rows = [
-        (row["model"].removesuffix(" shape"), f"{row['tokens']:,} in {row['sequence']:,}s", f"{row['at_once']}",
-         f"{row['ms'] / 1e3:.3f}", f"{row['per_second']:,.1f}", f"{row['share_of_limit']:.0%}",
-         f"{row['peak_GB']:.1f}")
-        for row in data["rows"]
-    ]  # fmt: skip
+    before = {row["model"]: row for row in data.get("before", ())}
+    rows = []
+    for row in data["rows"]:
+        old = before.get(row["model"])
+        rows.append(
+            (row["model"].removesuffix(" shape"), f"{row['tokens']:,} in {row['sequence']:,}s", row.get("by", ""),
+             f"{row['ms'] / 1e3:.3f}", f"{row['per_second']:,.1f}", f"{row['share_of_limit']:.0%}",
+             f"{row['peak_GB']:.1f}", f"{old['per_second']:,.1f} ({old['share_of_limit']:.0%})" if old else "")
+        )  # fmt: skip
     facts = (
-        f"{data['gpu']}, torch {data['torch']}, {data['date']}; 8192³ product {data['product_TFLOP_per_s']:.0f} "
-        "TFLOP/s. Random weights of these shapes, resident; random policies that keep 30 to 95 %."
+        f"{data['gpu']}, torch {data['torch']}, {data['date']}; random weights of these shapes, resident; random "
+        "policies that keep 30 to 95 %, many at once. The limit counts only operations, at the rate of an 8192³ "
+        f"product in the same run. {data.get('note', '')}"
     )
-    titles = ("shape", "tokens", "policies", "seconds an evaluation", "a second", "share of limit", "peak, GB")
+    titles = ("shape", "tokens", "by", "seconds an evaluation", "a second", "share of limit", "peak, GB", "before")
     return f"{facts}\n\n" + table(titles, rows)
 
 
 def _fits(data: dict[str, Any]) -> str:
     titles = (
-        "shape", "GPUs", "weights in", "bound, GB", "measured peak, GB", "calibrating, s", "factors, s", "policies",
-        "seconds an evaluation", "share of limit", "library, GB",
+        "shape", "GPUs", "weights in", "bound, GB", "measured peak, GB", "calibrating, s", "ranking and factors, s",
+        "policies", "seconds an evaluation", "share of limit", "library, GB",
     )  # fmt: skip
     rows = []
     for row in data["rows"]:
@@ -65,7 +69,8 @@ def _fits(data: dict[str, Any]) -> str:
     first = data["rows"][0]
     facts = (
         f"{data['gpu']}, torch {data['torch']}, {data['date']}. Calibration on {first['calibration_tokens']:,} tokens, "
-        f"evaluations of {first['tokens']:,}; random weights."
+        f"evaluations of {first['tokens']:,}; random weights, of which in host memory four layers are distinct (that "
+        f"saves making them, not their traffic). {data.get('note', '')}"
     )
     return f"{facts}\n\n" + table(titles, rows)
 
