@@ -72,7 +72,7 @@ def library_section(name: str) -> str:
         f"Llama-2-7B's shape, random weights, {large['calibration_tokens']:,} tokens, {large['levels']:,} levels: "
         f"factors {large['factor_GB']:.1f} GB, solutions {large['solution_GB']:.1f} GB; peak "
         f"{large['peak_GB_with_factors']:.1f} GB with all factors on the device, "
-        f"{large['peak_GB_with_solutions']:.1f} GB when solutions replace them."
+        f"{large['peak_GB_with_solutions']:.1f} GB with all solutions."
     )
     protocol = (
         "Perplexity of uniform policies of ref-14m (49,152 tokens of WikiText-2's validation set, sequences of 512) by "

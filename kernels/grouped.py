@@ -122,36 +122,27 @@ def _store_hidden(acc, bias, rows, inside, start, width, padded, ACTIVATION: tl.
 
 @triton.jit(do_not_specialize=["tiles"])
 def hidden_kernel(
-    x_tiles, w_tiles, tail_tiles, bias, tables, y, tiles, tokens, pitch,
+    x_tiles, w_tiles, bias, tables, y, tiles, tokens, pitch,
     DEPTH: tl.constexpr, ACTIVATION: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
-    FLATTEN: tl.constexpr = False,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr = False,
 ):  # fmt: skip
-    """activation(gate) · up of every state's channels, zero from there to the next multiple of ``STEP``. A tile has
-    BN + ``TAIL`` rows of gate and up."""
+    """activation(gate) · up of every state's channels, zero from there to the next multiple of ``STEP``."""
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         state = group_of(tile, tables, GROUPS)
         local = tile - tl.load(tables + state)
         width = tl.load(tables + GROUPS + state)
         padded = tl.cdiv(width, STEP) * STEP
-        tiles_n = tl.cdiv(2 * padded, BN + TAIL)
+        tiles_n = tl.cdiv(2 * padded, BN)
         start_m = local // tiles_n * BM
-        start_n = local % tiles_n * (BN + TAIL)
+        start_n = local % tiles_n * BN
         acc = tl.zeros([BM, BN], tl.float32)
-        if TAIL:
-            tail = tl.zeros([BM, TAIL], tl.float32)
         for k in range(0, DEPTH, BK):
             a = x_tiles.load([state * tokens + start_m, k])
             b = w_tiles.load([start_n, k])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-            if TAIL:
-                c = tail_tiles.load([start_n + BN, k])
-                tail = tl.dot(a, c.T, tail, input_precision=PRECISION)
         m = start_m + tl.arange(0, BM)
         rows, inside = y + (state.to(tl.int64) * tokens + m)[:, None] * pitch, (m < tokens)[:, None]
         _store_hidden(acc, bias, rows, inside, start_n, width, padded, ACTIVATION, BM, BN)
-        if TAIL:
-            _store_hidden(tail, bias, rows, inside, start_n + BN, width, padded, ACTIVATION, BM, TAIL)
 
 
 @triton.jit
@@ -170,13 +161,12 @@ def _store_outputs(acc, bias, x, source, y, target, m, n, tokens, width, scale, 
 
 @triton.jit(do_not_specialize=["tiles"])
 def outputs_kernel(
-    inner_tiles, w_tiles, tail_tiles, bias, x, tables, y, tiles, tokens, scale,
+    inner_tiles, w_tiles, bias, x, tables, y, tiles, tokens, scale,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """All outputs of every job over its first columns; with ``x`` the sum of that and ``scale`` times them. A tile has
-    BN + ``TAIL`` outputs: such sums divide more hidden sizes than powers of two."""
-    TILES_N: tl.constexpr = (OUTPUTS + BN + TAIL - 1) // (BN + TAIL)
+    """All outputs of every job over its first columns; with ``x`` the sum of that and ``scale`` times them."""
+    TILES_N: tl.constexpr = (OUTPUTS + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         tiles_job = tl.cdiv(tokens, BM) * TILES_N
         job = tables + tile // tiles_job
@@ -187,23 +177,15 @@ def outputs_kernel(
         target = tl.load(job + 4 * GROUPS).to(tl.int64)
         local = tile % tiles_job
         start_m = local // TILES_N * BM
-        start_n = local % TILES_N * (BN + TAIL)
+        start_n = local % TILES_N * BN
         acc = tl.zeros([BM, BN], tl.float32)
-        if TAIL:
-            tail = tl.zeros([BM, TAIL], tl.float32)
         for k in range(0, width, BK):
             a = inner_tiles.load([inner * tokens + start_m, k])
             b = w_tiles.load([row + start_n, k])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-            if TAIL:
-                c = tail_tiles.load([row + start_n + BN, k])
-                tail = tl.dot(a, c.T, tail, input_precision=PRECISION)
         m = start_m + tl.arange(0, BM)
         n = start_n + tl.arange(0, BN)
         _store_outputs(acc, bias, x, source, y, target, m, n, tokens, width, scale, OUTPUTS)
-        if TAIL:
-            n = start_n + BN + tl.arange(0, TAIL)
-            _store_outputs(tail, bias, x, source, y, target, m, n, tokens, width, scale, OUTPUTS)
 
 
 def tables(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -265,17 +247,14 @@ def hidden(
 ) -> Tensor:  # fmt: skip
     """x [E, N, H] -> [E, N, W], W = max(widths) rounded up to ``STEP``; undefined past each state's last step."""
     states, tokens, depth = x.shape
-    c = {"TAIL": 0} | (config or (HIDDEN if len(weight) < 2 * _WIDE_CHANNELS else WIDE_HIDDEN))
+    c = dict(config or (HIDDEN if len(weight) < 2 * _WIDE_CHANNELS else WIDE_HIDDEN))
     padded = [triton.cdiv(width, STEP) * STEP for width in widths]
     y = x.new_empty(states, tokens, max(padded))
-    first, tiles = starts(
-        [triton.cdiv(tokens, c["BM"]) * triton.cdiv(2 * width, c["BN"] + c["TAIL"]) for width in padded]
-    )
+    first, tiles = starts([triton.cdiv(tokens, c["BM"]) * triton.cdiv(2 * width, c["BN"]) for width in padded])
     table = tables([first, widths], x.device)
     hidden_kernel[programs(tiles, c.pop("programs"), x.device)](
-        descriptor(x.view(-1, depth), [c["BM"], c["BK"]]), descriptor(weight, [c["BN"], c["BK"]]),
-        descriptor(weight, [c["TAIL"], c["BK"]]) if c["TAIL"] else None, bias, table, y, tiles, tokens,
-        y.shape[2], DEPTH=depth, ACTIVATION=activation, STEP=STEP, GROUPS=table.shape[1],
+        descriptor(x.view(-1, depth), [c["BM"], c["BK"]]), descriptor(weight, [c["BN"], c["BK"]]), bias, table, y,
+        tiles, tokens, y.shape[2], DEPTH=depth, ACTIVATION=activation, STEP=STEP, GROUPS=table.shape[1],
         PRECISION=precision(x.dtype), **c,
     )  # fmt: skip
     return y
@@ -288,15 +267,12 @@ def outputs(
     """Write y [D, N, H]; ``jobs`` are lists over jobs: state of ``inner`` [E, N, C], width, weight of ``weights``
     [L, H, C'], state of ``x`` [S, N, H], state of y. The widest go first."""
     tokens, rows = inner.shape[1], weights.shape[1]
-    c = {"TAIL": 0} | (config or OUTPUTS)
+    c = dict(config or OUTPUTS)
     order = sorted(range(len(jobs[0])), key=lambda job: -jobs[1][job])
-    table, flat = (
-        tables([[values[job] for job in order] for values in jobs], y.device),
-        weights.view(-1, weights.shape[2]),
-    )
-    tiles = len(order) * triton.cdiv(tokens, c["BM"]) * triton.cdiv(rows, c["BN"] + c["TAIL"])
+    table = tables([[values[job] for job in order] for values in jobs], y.device)
+    tiles = len(order) * triton.cdiv(tokens, c["BM"]) * triton.cdiv(rows, c["BN"])
     outputs_kernel[programs(tiles, c.pop("programs"), y.device)](
-        descriptor(inner.view(-1, inner.shape[2]), [c["BM"], c["BK"]]), descriptor(flat, [c["BN"], c["BK"]]),
-        descriptor(flat, [c["TAIL"], c["BK"]]) if c["TAIL"] else None, bias, x, table, y, tiles, tokens, scale,
+        descriptor(inner.view(-1, inner.shape[2]), [c["BM"], c["BK"]]),
+        descriptor(weights.view(-1, weights.shape[2]), [c["BN"], c["BK"]]), bias, x, table, y, tiles, tokens, scale,
         OUTPUTS=rows, GROUPS=table.shape[1], PRECISION=precision(y.dtype), **c,
     )  # fmt: skip

@@ -140,9 +140,9 @@ def test_fused_sublayers_are_transformers_layers(family):
 @pytest.mark.parametrize(
     ("model_type", "trait", "spoil"),
     [
-        ("qwen3", "head norm", lambda f: [setattr_(a, "q_norm", None) for a in f.attentions]),
-        ("qwen2", "bias", lambda f: [setattr_(a, "k_bias", None) for a in f.attentions]),
-        ("gemma3_text", "sandwich norms", lambda f: [setattr_(a, "after", None) for a in f.attentions]),
+        ("qwen3", "head norm", lambda f: setattr_(f._view(0, "attention"), "q_norm", None)),
+        ("qwen2", "bias", lambda f: setattr_(f._view(0, "attention"), "k_bias", None)),
+        ("gemma3_text", "sandwich norms", lambda f: setattr_(f._view(0, "attention"), "after", None)),
         ("gemma3_text", "one-plus norm", lambda f: setattr(f, "one_plus", False)),
         ("gemma3_text", "activation", lambda f: setattr(f, "activation", "silu")),
         ("granite", "residual scale", lambda f: setattr(f, "residual", 1.0)),

@@ -176,8 +176,6 @@ def tiles_of(name, which):
         return {"ROWS": 4 if which == "walk" else 1, "num_warps": 4}
     if name == "attention":
         return {"BM": 32, "BN": 16 if which == "walk" else 32, "num_warps": 4, "num_stages": 2}
-    if name in ("outputs", "hidden") and which == "each":  # tiles of 48 rows of a weight
-        tile = tile | {"TAIL": 16}
     return {k: v for k, v in tile.items() if k != "programs"} if name == "losses" else tile
 
 

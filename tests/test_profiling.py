@@ -90,12 +90,15 @@ def test_workloads_fit_the_model():
 def test_the_command_writes_what_latency_budgets_read(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "run", tmp_path / "run")
     options = "--prefill", 24, "--decode", 24, "--device", "cpu"
-    data = answer("profile", tmp_path / "run", *options)
+    for _ in range(5):  # a busy machine's table may be flat: widths so small differ by microseconds
+        data = answer("profile", tmp_path / "run", *options)
+        run = Run(tmp_path / "run")
+        least, most = Profile.from_dict(data["profiles"]["prefill"]).costs(run.grid).range(run.grid)
+        if most > 1.01 * least:
+            break
     stored = json.loads((tmp_path / "run" / PROFILE).read_text())
     assert stored["profiles"] == data["profiles"] and stored["runner"] == "transformers"
     assert data["profiles"]["prefill"]["workload"] == {"phase": "prefill", "batch": 1, "tokens": 24}
-    run = Run(tmp_path / "run")
-    least, most = Profile.from_dict(data["profiles"]["prefill"]).costs(run.grid).range(run.grid)
     asked = least + 0.6 * (most - least)
     report = answer("prune", run.path, "--latency-ms", asked, "--device", "cpu", "--output", tmp_path / "out")
     assert report["budget"]["delivered"] > 0 and report["budget"]["workload"]["tokens"] == 24
