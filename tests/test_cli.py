@@ -168,6 +168,17 @@ def test_generate_is_what_the_model_says(pruned):
     assert shown == strip_control_codes(data["text"]) + "\n"
 
 
+def test_a_full_gpu_is_one_line(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Session, "pruned_tensors", full)
+    failed = ppf("prune", run, "--ratio", 0.3, "--output", tmp_path / "out")
+    told = [line for line in failed.stderr.splitlines() if line.startswith("Error: ")]
+    assert failed.exit_code == 1 and len(told) == 1 and "--weights host" in told[0]
+    assert "Traceback" not in failed.stderr and not (tmp_path / "out").exists()
+
+
 def test_generate_samples_by_seed(pruned):
     def text(seed: int) -> str:
         return answer("generate", pruned, "--prompt", "the", "--temperature", 2, "--seed", seed)["text"]

@@ -27,6 +27,10 @@ _AFTER_INTERRUPT = {
     "compare": "Start the same command again: finished methods are kept",
     "demo": "Start it again",
 }
+_MORE_MEMORY = (
+    "Use --weights host where the command has it, a larger --gpu-memory-gb, "
+    "a shorter --sequence-length, or --device cpu"
+)
 
 
 class Commands(TyperGroup):
@@ -50,6 +54,12 @@ class Commands(TyperGroup):
             _fail(as_json, 2, {"problem": message, "remedy": remedy}, f"Error: {message} {remedy}")
         except PPFError as error:
             _fail(as_json, 1, {"problem": str(error)}, f"Error: {error}")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded here
+                raise
+            problem = "the GPU's memory does not hold what this needs, and nothing smaller is left to try"
+            facts = {"problem": problem, "remedy": _MORE_MEMORY}
+            _fail(as_json, 1, facts, f"Error: {problem}. {_MORE_MEMORY}")
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has left; not worth a message
                 raise
