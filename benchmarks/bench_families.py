@@ -106,7 +106,8 @@ def main() -> None:
         evaluations=asked.evaluations, sequence_length=asked.length, evaluation_tokens=asked.tokens,
         ffn_multiple=asked.ffn_multiple, calibration_tokens=asked.calibration_tokens,
     )  # fmt: skip
-    test = Reader.of(asked.model, asked.length).sequences(asked.test_text)
+    reading = Reader.of(asked.model, asked.length).read(asked.test_text)
+    test = reading.sequences.long()
     test = take_tokens(test, asked.test_tokens) if asked.test_tokens else test
     part = "evenly spaced sequences" if asked.test_tokens else "all of it"
     with tempfile.TemporaryDirectory(prefix="ppf-family-") as folder, torch.no_grad():
@@ -124,7 +125,7 @@ def main() -> None:
                 "date": datetime.now(UTC).date().isoformat(),
             },
             "model": asked.model.name, "fit": settings.to_dict(), "fit_seconds": fitted,
-            "protocol": Protocol.of_file(asked.test_text, test, part).to_dict() | {"text": asked.test_text.name},
+            "protocol": Protocol.of_reading(reading, test, part).to_dict() | {"text": asked.test_text.name},
             "prompt": PROMPT, "dense": {"text": continued(asked.model, asked.device)},
             "rows": [],
         }  # fmt: skip

@@ -79,7 +79,8 @@ def main() -> None:
     """Fit, prune, recover with every method, write the rows."""
     asked = arguments()
     reader = Reader.of(asked.model, LENGTH)
-    sequences = reader.sequences(asked.test_text)
+    reading = reader.read(asked.test_text)
+    sequences = reading.sequences.long()
     with tempfile.TemporaryDirectory(prefix="ppf-recovery-") as folder:
         settings = ppf.Settings(evaluations=EVALUATIONS)
         run = ppf.fit(asked.model, asked.text, Path(folder) / "run", settings=settings, device=asked.device)
@@ -95,8 +96,7 @@ def main() -> None:
             "delivered_ratio": report["delivered_ratio"],
             "policy": report["policy"],
             "fit": settings.to_dict(),
-            "protocol": Protocol.of_file(asked.test_text, sequences, "all of it", reader.begin).to_dict()
-            | {"text": asked.test_text.name},
+            "protocol": Protocol.of_reading(reading, sequences, "all of it").to_dict() | {"text": asked.test_text.name},
             "dense": perplexity(asked.model, sequences, asked.device),
             "pruned": perplexity(pruned, sequences, asked.device),
             "rows": variants(asked, pruned, sequences),

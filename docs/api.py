@@ -44,7 +44,7 @@ def page() -> str:
         above = [f"`{title}` ({seen[id(thing)]})" for title, thing in offered if id(thing) in seen]
         if above:
             parts.append(f"Described above: {', '.join(above)}.")
-        parts += [_entry(title, thing) for title, thing in offered if id(thing) not in seen]
+        parts += [_entry(title, thing, offered) for title, thing in offered if id(thing) not in seen]
         seen |= {id(thing): name for _, thing in offered if id(thing) not in seen}
     return "\n\n".join(parts) + "\n"
 
@@ -58,15 +58,24 @@ def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _entry(name: str, thing: Any) -> str:
-    """One class with its methods, or one function."""
+def _entry(name: str, thing: Any, offered: list[tuple[str, Any]]) -> str:
+    """One class with its methods, or one function; ``offered`` are the others that the page describes beside it."""
     lines = [f"### {name}", f"```python\n{_call(name, thing)}\n```", _prose(_docstring(thing))]
     if inspect.isclass(thing):
         if _own_init(thing):
             lines.append(_prose(_docstring(thing.__init__)))
-        members = (_member(key, value) for key, value in vars(thing).items() if not key.startswith("_"))
+        members = (_member(key, value) for key, value in _members(thing, [other for _, other in offered]))
         lines.append("\n".join(member for member in members if member))
     return "\n\n".join(line for line in lines if line)
+
+
+def _members(thing: type, described: list[Any]) -> Iterator[tuple[str, Any]]:
+    """What a class has of its own, and from a base of its name, which it stands for: users import the one above."""
+    found: dict[str, Any] = {}
+    for base in thing.__mro__:
+        if base is thing or (base.__name__ == thing.__name__ and base not in described):
+            found = vars(base) | found
+    yield from ((key, value) for key, value in found.items() if not key.startswith("_"))
 
 
 def _member(name: str, value: Any) -> str:

@@ -1,8 +1,13 @@
 """PPF: structural pruning of decoder language models.
 
-    run = ppf.fit(model, text, output)                  # learns once how much every layer can lose
+    run = ppf.fit(model, text, "RUN", evaluations=600)  # learns once how much every layer can lose
     answer = run.policy(ratio=0.3)                      # any size, in milliseconds
-    model = ppf.Session(run).materialize(answer.policy) # a physically smaller Hugging Face model
+    small = run.prune(ratio=0.3, search=150)            # the best of that size that 150 evaluations find
+    small.save_pretrained("OUT")                        # a physically smaller Hugging Face model, tokenizer and report
+
+Nothing is printed. ``logging.getLogger("ppf")`` is told when a stage begins and ends, at level INFO; what takes long
+takes ``progress=``, which is called as ``progress(stage, done, total)``. ``device`` is "auto" everywhere: CUDA if there
+is any, else the CPU.
 
 Importing ppf announces the results' model types (``ppf_llama``, ``ppf_qwen3``, …) to transformers' Auto classes. It
 loads neither torch nor transformers: names come from where they live when they are first asked for.
@@ -20,30 +25,37 @@ from .errors import InputError, PPFError
 
 if TYPE_CHECKING:
     from .checkpoint import save
+    from .deliver.api import Pruned, Run, fit
     from .deliver.elastic.loading import load
     from .deliver.recovery import RecoverySettings, recover
     from .fast.runtime import accelerate
     from .fitting.perplexity import evaluate
-    from .fitting.run import Answer, Run, Settings
+    from .fitting.run import Answer, Settings
     from .fitting.selection import Selection
     from .fitting.session import Session
-    from .fitting.stages import fit
+    from .fitting.tasks import Tasks
     from .model.grid import Grid
     from .model.policy import Policy
+    from .model.stream import Placement
     from .model.structure import Structure
+    from .text import Text
 
 __all__ = [
     "Answer",
     "Grid",
     "InputError",
     "PPFError",
+    "Placement",
     "Policy",
+    "Pruned",
     "RecoverySettings",
     "Run",
     "Selection",
     "Session",
     "Settings",
     "Structure",
+    "Tasks",
+    "Text",
     "accelerate",
     "evaluate",
     "families",
@@ -56,16 +68,20 @@ __all__ = [
 _HOMES = {
     "Answer": "fitting.run",
     "Grid": "model.grid",
+    "Placement": "model.stream",
     "Policy": "model.policy",
+    "Pruned": "deliver.api",
     "RecoverySettings": "deliver.recovery",
-    "Run": "fitting.run",
+    "Run": "deliver.api",
     "Selection": "fitting.selection",
     "Session": "fitting.session",
     "Settings": "fitting.run",
     "Structure": "model.structure",
+    "Tasks": "fitting.tasks",
+    "Text": "text",
     "accelerate": "fast.runtime",
     "evaluate": "fitting.perplexity",
-    "fit": "fitting.stages",
+    "fit": "deliver.api",
     "load": "deliver.elastic.loading",
     "recover": "deliver.recovery",
     "save": "checkpoint",

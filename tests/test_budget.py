@@ -57,7 +57,7 @@ def session(tiny_run, tmp_path_factory):
     prefill = uneven_profile(run.grid)
     decode = Profile(Workload("decode", 4, 64), 0.5, prefill.attention, prefill.ffn)
     save_profile(run.path / PROFILE, {"device": "somewhere"}, [prefill, decode])
-    return Session(run)
+    return Session(run, "cpu")
 
 
 @pytest.fixture

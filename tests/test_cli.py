@@ -81,7 +81,7 @@ def test_policy_is_the_runs_answer(run):
 
 def test_prune_writes_a_checkpoint_with_its_facts(run, pruned, tiny_run):
     report = json.loads((pruned / "ppf.json").read_text())
-    session, policy = Session(Run(run)), Policy.from_dict(report["policy"])
+    session, policy = Session(Run(run), "cpu"), Policy.from_dict(report["policy"])
     opened = session.run
     assert policy == opened.policy(0.3).policy and report["policy_from"] == "agent" and report["source"] is None
     assert report["requested_ratio"] == 0.3 and report["delivered_ratio"] == opened.grid.ratio(policy)

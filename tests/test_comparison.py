@@ -57,7 +57,7 @@ def test_figures_are_the_evaluators(compared, folder):
     run = Run(folder / "run")
     report = Reader.of(run.model_path, 32).sequences(folder / "report.txt")
     assert compared["protocol"]["tokens"] == report.numel() and compared["protocol"]["sequence_length"] == 32
-    evaluator = Session(run).evaluator(sequences=report)
+    evaluator = Session(run, "cpu").evaluator(sequences=report)
     for (name, ratio), cell in cells(compared).items():
         policy = Policy.from_dict(cell["policy"])
         assert abs(cell["delivered_ratio"] - ratio) <= min(run.grid.step_cost) / run.structure.decoder_parameters / 2
@@ -159,7 +159,7 @@ def test_all_means_every_peer_and_ppf():
 def test_flaps_biases_are_the_mean_of_what_was_removed(folder):
     """With the mean of every removed channel given back, a model whose channels are constant loses nothing."""
     run = Run(folder / "run")
-    session, moments = Session(run), [run.moments(index) for index in range(run.structure.layers)]
+    session, moments = Session(run, "cpu"), [run.moments(index) for index in range(run.structure.layers)]
     ranking = _ranking(session.decoder, "flap-wifv", moments)
     decoder = permuted(session.decoder, ranking)
     policy = Policy([3, 2, 3, 3], [64, 64, 32, 64])
@@ -226,14 +226,14 @@ def test_all_methods_but_one_run_on_a_family_with_norms_behind_its_sublayers(who
     quick = parse_methods("wanda-sp as is,flap as is,uniform,flap,owl,alphapruning,shortgpt,dynamic,static:3")
     everything = [replace(method, by_name=False) for method in quick]
     arguments = whole / "report.txt", whole / "out", everything, [0.3]
-    data = compare(Session(Run(whole / "run")), *arguments)
+    data = compare(Session(Run(whole / "run"), "cpu"), *arguments)
     assert [cell["method"] for cell in data["cells"]] == [m.name for m in quick if m.name != "flap as is"]
     assert list(data["left_out"]) == ["flap as is"]
     headers, rows = table_of(data)
     assert rows[-1] == ["flap as is (left out)", "–", "–", "–"] and len(headers) == 4
     assert "flap as is is left out" in (whole / "out" / "comparison.html").read_text()
     with pytest.raises(InputError, match="flap as is"):
-        compare(Session(Run(whole / "run")), whole / "report.txt", whole / "refused", quick, [0.3])
+        compare(Session(Run(whole / "run"), "cpu"), whole / "report.txt", whole / "refused", quick, [0.3])
     assert not (whole / "refused").exists()
 
 

@@ -180,6 +180,8 @@ def test_every_command_of_a_page_works(workspace, tmp_path, monkeypatch, page):
     for block in found:
         if block.language == "python" and "peft" in block.text and importlib.util.find_spec("peft") is None:
             continue
+        if page.name == "tasks.md" and importlib.util.find_spec("lm_eval") is None:
+            continue
         run_block(block)
 
 

@@ -174,7 +174,7 @@ def test_folders_that_are_no_run_are_refused_and_left(tiny_run, tmp_path):
     ("changes", "field"),
     [
         ({"text": Path("/nowhere/text.txt")}, "text"),
-        ({"eval_text": Path("/nowhere/text.txt")}, "text"),
+        ({"eval_text": Path("/nowhere/text.txt")}, "eval-text"),
         ({"model": Path("/nowhere")}, "checkpoint"),
         ({"device": "cuda:77"}, "device"),
         ({"settings": replace(SETTINGS, ffn_multiple=48)}, "ffn-multiple"),
@@ -236,7 +236,7 @@ def test_half_precision_multi_head_tied_models(tmp_path, dtype):
     write_text(tmp_path / "text.txt")
     settings = replace(SETTINGS, evaluations=24, ranking="flap-wifv", ffn_multiple=16)
     run = fit(tmp_path, tmp_path / "run", settings=settings)
-    policy, ids, session = run.policy(0.35).policy, run.sequences(), Session(run)
+    policy, ids, session = run.policy(0.35).policy, run.sequences(), Session(run, "cpu")
     model = session.materialize(policy)
     assert model.dtype == dtype and model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_other_families_and_sources_whose_layers_differ(name, tmp_path):
     assert run.grid.dense() == policy_of(config) and run.grid.ratio(run.grid.dense()) == 0
     begins, sequences = name == "gemma2", run.sequences()
     assert bool((sequences[:, 0] == 256).all()) is begins and not (sequences[:, 1:] == 256).any()
-    session, answer = Session(run), run.policy(0.3)
+    session, answer = Session(run, "cpu"), run.policy(0.3)
     assert answer.delivered_ratio == pytest.approx(0.3, abs=0.05)
     for kept, there in zip(answer.policy.attention + answer.policy.ffn, run.grid.maximum, strict=True):
         assert there or not kept
@@ -291,7 +291,7 @@ def test_the_same_fit_on_cuda(tiny_run, tmp_path):
     run, reference = fit(tiny_run, tmp_path / "run", device="cuda"), Run(tiny_run / "run")
     assert run.manifest["device"] != "cpu"
     session = Session(run, "cuda")
-    on_cpu, on_gpu = Session(reference).evaluator(), session.evaluator()
+    on_cpu, on_gpu = Session(reference, "cpu").evaluator(), session.evaluator()
     initial = [row for row in run.experience.rows() if row.round == 0]
     assert [row.policy for row in initial] == [row.policy for row in reference.experience.rows() if row.round == 0]
     for row in initial[::6]:

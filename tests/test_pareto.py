@@ -40,7 +40,7 @@ def test_figures_are_the_runs(tiny_run, tmp_path):
         low, high = point["predicted_range"]
         assert low <= point["predicted_perplexity"] <= high
         assert math.log(point["predicted_perplexity"]) == pytest.approx(float(run.predict(policy).mean), abs=1e-4)
-    dense = sum(tensor.nbytes for tensor in Session(run).decoder.state().values()) / 1e9
+    dense = sum(tensor.nbytes for tensor in Session(run, "cpu").decoder.state().values()) / 1e9
     for point in data["measured"]:
         assert point["weights"] <= dense
         assert math.log(point["perplexity"]) == pytest.approx(run.experience.lookup(Policy.from_dict(point["policy"])))

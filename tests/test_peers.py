@@ -283,7 +283,7 @@ def test_activations_are_those_of_the_model(source):
 
 
 def test_statistics_of_a_run_stand_in_its_ranking_order(tiny_run):
-    session = Session(Run(tiny_run / "run"))
+    session = Session(Run(tiny_run / "run"), "cpu")
     found = PeerStatistics.of_run(session.run, session.evaluator(), 7, seed=3)
     assert (found.meter.limit, found.seed) == (7, 3)
     for layer, truth in zip(found.moments, calibrate(session.permuted, found.sequences), strict=True):

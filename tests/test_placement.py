@@ -38,7 +38,7 @@ PLACES = pytest.mark.parametrize("place", ["host", "disk"])
 
 
 def on(place: str, tiny_run: Path) -> Session:
-    return Session(Run(tiny_run / "run"), placement=Placement(place))
+    return Session(Run(tiny_run / "run"), "cpu", placement=Placement(place))
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_other_policies_are_off_the_portable_grid(policy):
 
 def test_pruning_an_ordinary_run_portably_says_what_it_costs(folder, tmp_path):
     report = answer("prune", folder / "run", "--ratio", 0.3, "--portable", "--output", tmp_path / "out")
-    policy, session = Policy.from_dict(report["policy"]), Session(Run(folder / "run"))
+    policy, session = Policy.from_dict(report["policy"]), Session(Run(folder / "run"), "cpu")
     assert is_portable(policy) and report["policy_from"] == "portable" and abs(report["delivered_ratio"] - 0.3) < 0.04
     assert report["requested_ratio"] == 0.3 and report["budget"]["delivered"] == report["delivered_ratio"]
     cost, free = report["portable"], Policy.from_dict(report["portable"]["unrestricted"]["policy"])
@@ -110,7 +110,7 @@ def test_pruning_an_ordinary_run_portably_says_what_it_costs(folder, tmp_path):
 
 def test_the_best_of_what_was_measured_is_chosen_and_the_same_again(folder):
     run = Run(folder / "run")
-    choice, again = (choose_portable(Session(opened), 0.4) for opened in (run, Run(folder / "run")))
+    choice, again = (choose_portable(Session(opened, "cpu"), 0.4) for opened in (run, Run(folder / "run")))
     assert (choice.policy, choice.portable) == (again.policy, again.portable)
     near = [row for row in run.experience.rows() if is_portable(row.policy) and abs(row.ratio - 0.4) < 0.03]
     assert len(near) >= 3 and choice.portable["perplexity"] == pytest.approx(
@@ -135,7 +135,7 @@ def test_a_portable_fit_learns_portable_policies_only(folder, tmp_path, monkeypa
 def check_prices(run: Run, prices: list[dict]) -> None:
     """The portable figure is the run's own answer; the other one is lower, and of a policy off the portable grid."""
     assert [round(price["ratio"], 1) for price in prices] == [0.3, 0.5]
-    session = Session(run)
+    session = Session(run, "cpu")
     free = price_module._free(session)
     assert free.grid == Grid(run.structure, 64)
     for price, ratio in zip(prices, (0.3, 0.5), strict=True):
@@ -181,5 +181,5 @@ def test_routes_say_what_each_reader_would_refuse(tmp_path):
     from export_cases import write_random
 
     found = routes(open_source(write_random(tmp_path / "in", Policy([3, 0, 1, 3], [64, 40, 0, 64]))))
-    assert found["hf"] is None and found["gguf"] is None
-    assert "layer 1" in found["vllm"] and "layer 2" in found["deci"]
+    assert found["hf"] is None and found["gguf"] is None and found["vllm"] is None
+    assert "layer 2" in found["deci"]

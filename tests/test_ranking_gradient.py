@@ -131,7 +131,7 @@ def test_a_fit_ranks_by_them(name, tiny_run, tmp_path, monkeypatch):
     settings = Settings(24, ranking=name, ffn_multiple=16, sequence_length=32, calibration_tokens=1024)
     ppf.fit(tiny_run / "model", tiny_run / "text.txt", tmp_path / "run", settings=settings, device="cpu")
     run = Run(tmp_path / "run")
-    decoder = Session(run).decoder
+    decoder = Session(run, "cpu").decoder
     scores = gradient_scores(name, decoder, run.sequences("calibration"), 0)
     for index, ranking in enumerate(run.ranking):
         expected = rank_layer(name, decoder, index, None, scores[index])

@@ -64,7 +64,7 @@ main()
 @pytest.fixture(scope="module")
 def pruned(tiny_run, tmp_path_factory) -> Path:
     """A folder with a checkpoint of each of POLICIES; do not change them."""
-    folder, session = tmp_path_factory.mktemp("pruned"), Session(Run(tiny_run / "run"))
+    folder, session = tmp_path_factory.mktemp("pruned"), Session(Run(tiny_run / "run"), "cpu")
     for name, policy in POLICIES.items():
         deliver(session, Choice(policy, "given"), folder / name)
     return folder
@@ -251,7 +251,7 @@ def test_prune_recover_and_prune_again(pruned, tiny_run, text, tmp_path, monkeyp
     recover(first, text, second, settings=RecoverySettings("full", **small), device="cpu")
     settings = Settings(evaluations=24, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)
     run = fit(second, text, tmp_path / "run", settings=settings, device="cpu")
-    session = Session(run)
+    session = Session(run, "cpu")
     deliver(session, choose(session, 0.2), tmp_path / "again")
     report, source = (json.loads((folder / "ppf.json").read_text()) for folder in (tmp_path / "again", second))
     del source["files"]

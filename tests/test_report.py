@@ -135,11 +135,11 @@ def card(tiny_run, tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "log_perplexities", counting)
         with pytest.raises(Killed):
-            report(Session(Run(run)), folder / "out", held_out=20)
+            report(Session(Run(run), "cpu"), folder / "out", held_out=20)
         assert not (folder / "out").exists()
-        first = report(Session(Run(run)), folder / "out", held_out=20, kinds=("mlp",))
+        first = report(Session(Run(run), "cpu"), folder / "out", held_out=20, kinds=("mlp",))
         measured = sum(calls)
-        second = report(Session(Run(run)), folder / "out", held_out=20)
+        second = report(Session(Run(run), "cpu"), folder / "out", held_out=20)
     return {"folder": folder, "run": run, "first": first, "second": second, "measured": measured, "calls": sum(calls)}
 
 
@@ -161,7 +161,7 @@ def test_what_a_report_holds(card):
     rows = heldout.training_rows(Run(card["run"]))
     assert [point["evaluations"] for point in data["curve"]] == [len(rows)] and data["evaluations"] == len(rows)
     assert data["latency"]["milliseconds"] > 0 and data["latency"]["times_faster"] > 0
-    evaluator = Session(Run(card["run"])).evaluator()
+    evaluator = Session(Run(card["run"]), "cpu").evaluator()
     assert evaluator.log_perplexity(evaluator.grid.dense()) == pytest.approx(data["dense_log_perplexity"], rel=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_the_command_prints_one_object(card, tmp_path):
 )
 def test_mistakes_are_refused_before_any_work(copied, tmp_path, arguments, field):
     with pytest.raises(InputError) as caught:
-        report(Session(Run(copied)), tmp_path / "out", **arguments)
+        report(Session(Run(copied), "cpu"), tmp_path / "out", **arguments)
     assert caught.value.field == field
     assert not (tmp_path / "out").exists() and not (copied / heldout.STORE).exists()
 
@@ -193,7 +193,7 @@ def test_mistakes_are_refused_before_any_work(copied, tmp_path, arguments, field
 def test_more_policies_than_there_are_is_refused(copied, monkeypatch):
     monkeypatch.setattr(heldout, "_PATIENCE", 1)
     with pytest.raises(InputError, match="held-out = .*too few .* policies") as caught:
-        report(Session(Run(copied)), held_out=20_000)
+        report(Session(Run(copied), "cpu"), held_out=20_000)
     assert caught.value.field == "held-out" and not (copied / heldout.STORE).exists()
 
 
@@ -201,4 +201,4 @@ def test_an_unfinished_run_has_no_report(copied):
     manifest = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps(manifest | {"state": "fitting"}))
     with pytest.raises(InputError, match="not finished"):
-        report(Session(Run(copied)), held_out=20)
+        report(Session(Run(copied), "cpu"), held_out=20)

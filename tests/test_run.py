@@ -29,7 +29,7 @@ def run(tiny_run) -> Run:
 
 @pytest.fixture
 def session(run) -> Session:
-    return Session(run)
+    return Session(run, "cpu")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_answers_need_no_weights(tiny_run, copied):
     assert run.policy(0.3).policy == Run(tiny_run / "run").policy(0.3).policy
     assert run.ranking and run.predict(run.grid.dense()) and run.sequences().numel()
     with pytest.raises(InputError):
-        Session(run).materialize(run.grid.dense())
+        Session(run, "cpu").materialize(run.grid.dense())
 
 
 def test_nothing_is_answered_before_completion(copied):
@@ -120,14 +120,14 @@ def test_results_generate_as_the_dense_model_was_set_to(tiny_run, copied, tmp_pa
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(settings | {"max_new_tokens": 17, "do_sample": True}))
     run = Run(copied)
-    found = Session(run).materialize(run.policy(0.4).policy).generation_config
+    found = Session(run, "cpu").materialize(run.policy(0.4).policy).generation_config
     assert found.max_new_tokens == 17 and found.do_sample and found.eos_token_id == 257
     (model / "generation_config.json").unlink()
-    assert Session(Run(copied)).materialize(run.policy(0.4).policy).generation_config.max_new_tokens is None
+    assert Session(Run(copied), "cpu").materialize(run.policy(0.4).policy).generation_config.max_new_tokens is None
 
 
 def test_a_session_takes_weights_that_are_there_already(run, session):
-    again = Session(run, decoder=session.decoder)
+    again = Session(run, "cpu", decoder=session.decoder)
     assert again.decoder is session.decoder
     policy = run.policy(0.4).policy
     assert again.evaluator().log_perplexity(policy) == session.evaluator().log_perplexity(policy)
@@ -142,10 +142,10 @@ def test_a_policy_off_the_grid_is_refused(run, session):
 def test_another_model_in_its_place_is_refused(tiny_run, copied, tmp_path):
     other = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
     rewrite(copied, model=str(other))
-    assert Session(Run(copied)).decoder.structure == Run(copied).structure  # moved, but the same
+    assert Session(Run(copied), "cpu").decoder.structure == Run(copied).structure  # moved, but the same
     llama(llama_config(), seed=1).save_pretrained(other)
     with pytest.raises(InputError, match="is not the model") as caught:
-        Session(Run(copied)).evaluator()
+        Session(Run(copied), "cpu").evaluator()
     assert caught.value.field == "model"
 
 
@@ -165,7 +165,7 @@ READERS = {
     "predictor.safetensors": lambda run: run.predict(run.grid.dense()),
     "texts.safetensors": lambda run: run.sequences(),
     str(layer_file("statistics", 2)): lambda run: run.ranking,
-    str(layer_file("library", 3)): lambda run: Session(run).evaluator(),
+    str(layer_file("library", 3)): lambda run: Session(run, "cpu").evaluator(),
 }
 
 

@@ -117,7 +117,7 @@ def test_policies_of_runs_are_not_dense(tiny_run):
     """Negative control of the limits above: another policy has other bytes."""
     import ppf as package
 
-    model = package.load(tiny_run / "run", elastic=True)
+    model = package.load(tiny_run / "run", "cpu", elastic=True)
     dense = model._dense_plan.read_bytes()
     model.set_policy(Policy([1, 0, 0, 0], [8, 8, 8, 8]))
     assert plan_of(model).read_bytes() < dense / 2

@@ -87,7 +87,7 @@ def test_every_batch_counts(monkeypatch):
 
 def test_masked_evaluation_and_materialised_model_agree(tiny_run):
     run = Run(tiny_run / "run")
-    session = Session(run)
+    session = Session(run, "cpu")
     evaluator = session.evaluator()
     for ratio in (0.2, 0.5):
         policy = run.policy(ratio).policy

@@ -19,9 +19,10 @@ from ..model.reference import Reference
 from ..timings import timed
 from .blame import CORRECT, attempt, shown
 from .contents import Contents, make_config, read_contents
-from .headers import READ, REPORT, StoredTensor, existing_folder
+from .headers import READ, REPORT, StoredTensor
+from .sources import local_folder
 
-__all__ = ["REPORT", "check_checkpoint", "check_contents", "existing_folder", "read_config", "stored_tensors"]
+__all__ = ["REPORT", "check_checkpoint", "check_contents", "read_config", "stored_tensors"]
 
 
 def check_checkpoint(path: str | Path) -> PreTrainedConfig:
@@ -33,7 +34,7 @@ def check_checkpoint(path: str | Path) -> PreTrainedConfig:
     model, a missing shard, a truncated or damaged safetensors file, tensors absent, unexpected or misshapen. NaN, Inf
     and flipped weight bits are for :func:`ppf.checkpoint.load` and :func:`ppf.checkpoint.verify`.
     """
-    return check_contents(existing_folder(path)).config
+    return check_contents(local_folder(path)).config
 
 
 @timed("checking")

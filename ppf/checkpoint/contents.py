@@ -21,7 +21,7 @@ from ..model.classes import classes_of
 from ..model.tower import PREFIX, wrapper_model
 from .blame import attempt, shown
 from .bounds import Held, require_ids, require_plain, require_rotation, require_sizes
-from .headers import StoredTensor, read_headers, read_json
+from .headers import StoredTensor, read_headers, read_json, require_weights
 from .weights import read_tensors
 from .wrapper import Wrapper, wrapper_of
 
@@ -29,6 +29,12 @@ from .wrapper import Wrapper, wrapper_of
 _ROTARY = r"rotary_emb\.inv_freq"
 # Which code runs is decided where the model is loaded, never by a file.
 _CODE = "attn_implementation", "experts_implementation", "auto_map"
+# What makes transformers give plain weights of quantised ones.
+_UNDONE = {
+    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
+    "bitsandbytes": "model.dequantize()",
+}
 # Names that transformers' configurations take although they are properties of theirs.
 _TAKEN = "rope_scaling", "torch_dtype", "per_layer_config"
 
@@ -56,10 +62,11 @@ def read_contents(folder: Path) -> Contents:
     that it is tied to: these are compared.
     """
     file = folder / "config.json"
+    require_weights(folder)
     data = read_json(file)
     require_plain(file, data)
     if data.get("quantization_config"):
-        raise InputError("quantization_config", file, "quantised weights are not supported", "Use the original model")
+        raise _quantised(file, data["quantization_config"])
     wrapper_type = _require_known(file, data)
     found = read_headers(folder)
     wrapper = wrapper_of(file, data, found) if wrapper_type else None
@@ -76,6 +83,15 @@ def read_contents(folder: Path) -> Contents:
     require_rotation(file, config)
     notes = _settle_head(folder, config, stored)
     return Contents(config, family, stored, passengers, wrapper, text, notes)
+
+
+def _quantised(file: Path, said: Any) -> InputError:
+    method = str(said.get("quant_method", "unknown") if isinstance(said, dict) else said)
+    remedy = "Use the model that it was made from"
+    if _UNDONE.get(method):
+        remedy += f", or open it in transformers with {_UNDONE[method]} and save_pretrained(FOLDER), and use that"
+    problem = f"the weights are quantised ({file}), and PPF prunes float32, float16 and bfloat16"
+    return InputError("quantization_config", method[:80], problem, remedy)
 
 
 def make_config(config_class: type[PreTrainedConfig], data: Mapping[str, Any]) -> PreTrainedConfig:

@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import InputError
 from ..timings import timed
 from .contents import read_contents
-from .headers import REPORT, existing_folder, read_json, weight_files
+from .headers import REPORT, read_json, weight_files
+from .sources import local_folder
 
 _BLOCK = 4 << 20
 _THREADS = 8
@@ -71,7 +72,7 @@ def fingerprint(path: str | Path) -> str:
     Equal for a moved or copied folder, and after edits that do not change the computation (token ids, dtype label);
     different once any weight differs. Raises ``InputError`` for a folder that is no checkpoint.
     """
-    folder = existing_folder(path)
+    folder = local_folder(path)
     digest = hashlib.sha256(json.dumps(_computed(folder), sort_keys=True, default=str).encode())
     files = weight_files(folder)
     for file, found in zip(files, _sha256s(files), strict=True):
@@ -99,7 +100,7 @@ def verify(path: str | Path) -> bool:
 
     Raises ``InputError`` naming the first file that is missing or differs.
     """
-    folder = existing_folder(path)
+    folder = local_folder(path)
     if not (folder / REPORT).exists():
         return False
     files = read_json(folder / REPORT).get("files")

@@ -44,8 +44,30 @@ def existing_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "no such folder"
-        raise InputError("checkpoint", folder, problem, "Name a local Hugging Face folder with config.json")
+        remedy = "Name a folder with config.json, org/name on the hub, or a .gguf file"
+        raise InputError("checkpoint", folder, problem, remedy)
     return folder
+
+
+def require_weights(folder: Path) -> None:
+    """Raise ``InputError``, with what can be done, for a folder that holds something else instead of safetensors
+    weights: an adapter, pickled weights or GGUF files."""
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return
+    if (folder / "adapter_config.json").is_file():
+        said = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        problem = f"holds an adapter of {said}, not a model" if said else "holds an adapter, not a model"
+        remedy = (
+            "Merge it: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload(), then save_pretrained"
+        )
+        raise InputError("checkpoint", folder, problem, f"{remedy}(FOLDER), and name that folder")
+    if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")):
+        problem = f"holds pickled weights ({pickled[0]}), which PPF does not open, and no safetensors"
+        remedy = "Open it in transformers, save_pretrained(FOLDER), and name that folder"
+        raise InputError("checkpoint", folder, problem, remedy)
+    if found := sorted(folder.glob("*.gguf")):
+        problem = "is a folder with GGUF files, and holds no safetensors"
+        raise InputError("checkpoint", folder, problem, f"Name one of them, such as {found[0]}")
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -19,9 +19,10 @@ from .blame import attempt
 from .bounds import require_plain
 from .checks import read_config
 from .hashes import verify
-from .headers import existing_folder, read_json
+from .headers import read_json
 from .placing import fits
 from .source import Checkpoint
+from .sources import local_folder
 
 GENERATION = "generation_config.json"
 _TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", "vocab.json"
@@ -66,7 +67,7 @@ def load_or_stream(
 def load_generation_config(path: str | Path) -> GenerationConfig | None:
     """``generation_config.json`` in ``path``, None if there is none. Raises ``InputError`` if transformers cannot read
     it; what it reads but would not write is taken as it is."""
-    file = existing_folder(path) / GENERATION
+    file = local_folder(path) / GENERATION
     if not file.is_file():
         return None
     data = read_json(file)
@@ -79,7 +80,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     It may know more tokens than the model: :func:`ppf.text.read_tokens` refuses a text that yields one.
     """
-    folder = existing_folder(path)
+    folder = local_folder(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         remedy = f"Put one of {list(_TOKENIZER_FILES)} there, from the model's own source"
         raise InputError("tokenizer", folder, "holds no tokenizer files", remedy)

@@ -17,8 +17,9 @@ from ..model.build import LAYERS, TIED
 from ..model.decoder import Decoder
 from ..model.stream import Placement
 from .checks import check_contents
-from .headers import StoredTensor, existing_folder
+from .headers import StoredTensor
 from .placing import layers_of
+from .sources import local_folder
 from .weights import finite, read_tensors
 from .wrapper import Wrapper
 
@@ -36,7 +37,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path):
-        self.folder = existing_folder(path)
+        self.folder = local_folder(path)
         contents = check_contents(self.folder)
         self.config: PreTrainedConfig = contents.config
         self.family: Family = contents.family

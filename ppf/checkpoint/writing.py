@@ -97,6 +97,35 @@ def save_stream(
     return found
 
 
+def save_plain(
+    config: PreTrainedConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    finish: Callable[[Path], None],
+) -> None:
+    """Write ``config``'s model as others publish theirs, without a report: ``tensors``, layer by layer and then what
+    lies outside, become ``dtype``. All or nothing, as :func:`save`; ``finish`` may add to the folder, and
+    refuse it, before it appears.
+    """
+    model = skeleton(copy.deepcopy(config), dtype)
+    with _result(path, model_bytes(model), False, None) as folder:
+        converted = ((name, tensor.to(dtype)) for name, tensor in tensors)
+        write_shards(folder, _sizes(model.config, dtype), converted, SHARD_BYTES)
+        _write_config(model, folder)
+        tokenizer.save_pretrained(folder)
+        finish(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write a ``model`` in memory as others publish theirs, without a report. All or nothing, as :func:`save`."""
+    with _result(path, model_bytes(model), False, None) as folder:
+        _write_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        (folder / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+
+
 def model_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters; tied ones counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -31,20 +31,30 @@ from .together import join, leave
 _show_others = warnings.showwarning
 
 app = typer.Typer(name="ppf", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-app.command("fit")(fit)
-app.command("policy")(policy)
-app.command("prune")(prune)
-app.command("recover")(recover)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("info")(info)
-app.command("compare")(compare)
-app.command("profile")(profile)
-app.command("pareto")(pareto)
-app.command("bench")(bench)
-app.command("export")(export)
-app.command("report")(report)
-app.command("demo")(demo)
+# In the order in which --help shows them.
+_GROUPS = {
+    "Use": {
+        "fit": fit,
+        "policy": policy,
+        "prune": prune,
+        "eval": evaluate,
+        "generate": generate,
+        "export": export,
+        "recover": recover,
+        "info": info,
+        "demo": demo,
+    },
+    "Judge": {
+        "report": report,
+        "compare": compare,
+        "pareto": pareto,
+        "bench": bench,
+        "profile": profile,
+    },
+}
+for _group, _commands in _GROUPS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_group)(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,6 +79,7 @@ def _quiet_transformers() -> None:
     """No notes and bars of others between ours. transformers reads the environment when it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if "transformers" in sys.modules:
         from transformers.utils import logging
 

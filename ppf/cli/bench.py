@@ -134,7 +134,7 @@ def _check_plot(plot: Path | None) -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise InputError("plot", plot, "needs matplotlib", "pip install matplotlib, or leave --plot out") from None
+        raise InputError("plot", plot, "needs matplotlib", "Run: pip install 'ppf[lab]', or leave --plot out") from None
     if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
         raise InputError(
             "plot", plot, "is not a file to draw to", "Use a name in an existing folder, ending in .svg or .png"

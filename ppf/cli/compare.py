@@ -11,18 +11,21 @@ from rich.table import Table
 
 from ..errors import InputError
 from .console import progress_bars, show
-from .options import Device, GpuMemoryGb, Json, Seed, TextFile, Timings, Weights, placement
+from .options import Device, Field, GpuMemoryGb, Json, Seed, Split, TextInput, Timings, Weights, placement
 
 if TYPE_CHECKING:
     from ..fitting.session import Session
     from ..model.stream import Placement
     from ..progress import Progress
+    from ..text import Text
 
 
 def compare(
     path: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A run, or a checkpoint to fit first.")],
-    text: TextFile,
+    text: TextInput,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the comparison; an unfinished one resumes.")],
+    field: Field = None,
+    split: Split = None,
     ratios: Annotated[str, typer.Option(help="Shares of the decoder's parameters to remove.")] = "0.2,0.3,0.4,0.5",
     methods: Annotated[
         str, typer.Option(help="all, or a list of methods; NAME:N gives a searching one N evaluations a ratio.")
@@ -31,7 +34,7 @@ def compare(
         int | None, typer.Option(help="Report on about so many tokens of the text; all if left out.")
     ] = None,
     fit_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="For a MODEL: the text to fit on. For a RUN: not used.")
+        str | None, typer.Option(metavar="TEXT", help="For a MODEL: the text to fit on. For a RUN: not used.")
     ] = None,
     fit_evaluations: Annotated[int, typer.Option(help="For a MODEL: evaluations of the fit.")] = 600,
     device: Device = "auto",
@@ -45,11 +48,14 @@ def compare(
     from ..fitting.evaluation.together import led
     from ..lab.comparison import compare as compare_methods
     from ..lab.comparison import parse_methods
+    from ..text import Text
 
     chosen, shares, place = parse_methods(methods), _ratios(ratios), placement(weights, gpu_memory_gb)
     with progress_bars() as progress:
-        session = _open(path, fit_text, fit_evaluations, output, device, place, seed, progress)
-        data = led(session, lambda: compare_methods(session, text, output, chosen, shares, tokens, seed, progress))
+        fitted_on = None if fit_text is None else Text(fit_text, field, split)
+        session = _open(path, fitted_on, fit_evaluations, output, device, place, seed, progress)
+        asked = Text(text, field, split)
+        data = led(session, lambda: compare_methods(session, asked, output, chosen, shares, tokens, seed, progress))
     if data is None:  # the first process has it
         return
     show(as_json, data, _title(data), _table(data), f"Page: {output / 'comparison.html'}", timings=timings)
@@ -63,7 +69,7 @@ def _ratios(text: str) -> list[float]:
 
 
 def _open(
-    path: Path, text: Path | None, evaluations: int, output: Path, device: str, place: Placement, seed: int,
+    path: Path, text: Text | None, evaluations: int, output: Path, device: str, place: Placement, seed: int,
     progress: Progress,
 ) -> Session:  # fmt: skip
     """The run at ``path``, or one fitted to the model at ``path`` that stands beside the comparison; with weights."""
@@ -74,7 +80,7 @@ def _open(
 
     if (path / MANIFEST).exists():
         if text is not None:
-            raise InputError("fit-text", text, "makes no sense with a run, which is fitted already", "Drop it")
+            raise InputError("fit-text", text.given, "makes no sense with a run, which is fitted already", "Drop it")
         return Session(Run(path), device, placement=place)
     if text is None:
         raise InputError("fit-text", "(none)", f"{path} is not a run and must be fitted", "Give --fit-text FILE")

@@ -30,6 +30,7 @@ _LABELS = {
     "search": "Searching",
     "recover": "Training (tokens)",
     "score": "Scoring tokens",
+    "tasks": "Judging by tasks",
     "random": "Measuring random policies",
     "visited": "Measuring visited policies",
     "single": "Measuring single sub-layers",

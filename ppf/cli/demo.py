@@ -80,7 +80,7 @@ def _fit(text: Path, output: Path, evaluations: int, progress: Progress) -> Sess
     from ..fitting.stages import fit
 
     settings = Settings(evaluations=evaluations, sequence_length=_SEQUENCE_LENGTH, evaluation_tokens=8192)
-    return Session(fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress))
+    return Session(fit(_MODEL, text, output, settings=settings, device="cpu", progress=progress), "cpu")
 
 
 def _compare(session: Session, folder: Path, held_out: Path, progress: Progress) -> dict[str, Any]:

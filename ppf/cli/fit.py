@@ -11,12 +11,25 @@ import typer
 from .. import ranks
 from .console import lines, progress_bars, show, show_notes
 from .info import run_facts
-from .options import Device, GpuMemoryGb, Json, Model, Seed, SequenceLength, TextFile, Timings, Weights, placement
+from .options import (
+    Device,
+    Field,
+    GpuMemoryGb,
+    Json,
+    Model,
+    Seed,
+    SequenceLength,
+    Split,
+    TextInput,
+    Timings,
+    Weights,
+    placement,
+)
 
 
 def fit(
     model: Model,
-    text: TextFile,
+    text: TextInput,
     output: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run; an unfinished one is resumed.")],
     evaluations: Annotated[int, typer.Option(help="Policies to measure; more give better policies.")] = 600,
     device: Device = "auto",
@@ -24,7 +37,12 @@ def fit(
     gpu_memory_gb: GpuMemoryGb = None,
     seed: Seed = 0,
     eval_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Evaluate on this text, not on the last quarter of --text.")
+        str | None, typer.Option(metavar="TEXT", help="Evaluate on this text, not on the last quarter of --text.")
+    ] = None,
+    field: Field = None,
+    split: Split = None,
+    eval_split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Split of --eval-text; that of --text if left out.")
     ] = None,
     ranking: Annotated[
         str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")
@@ -49,6 +67,7 @@ def fit(
     from ..fitting.run import Settings
     from ..fitting.session import Session
     from ..fitting.stages import fit as fit_run
+    from ..text import Text
 
     settings = Settings(
         evaluations, seed, ranking, ffn_multiple, sequence_length, calibration_tokens, evaluation_tokens
@@ -59,11 +78,12 @@ def fit(
         settings = replace(settings, agent=agent)
     settings = replace(settings, portable=portable, early_stop=early_stop)
     place = placement(weights, gpu_memory_gb)
+    judged_on = None if eval_text is None else Text(eval_text, field, eval_split or split)
     show_notes(model)
     with progress_bars() as progress:
         run = fit_run(
-            model, text, output, settings=settings, eval_text=eval_text, device=device, placement=place,
-            progress=progress,
+            model, Text(text, field, split), output, settings=settings, eval_text=judged_on, device=device,
+            placement=place, progress=progress,
         )  # fmt: skip
         if not ranks.first():  # the rest is the work of one
             return

@@ -46,6 +46,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "state": run.manifest["state"],
         "seconds": run.manifest.get("seconds"),
         "model": run.manifest["model"],
+        "from": run.manifest.get("source"),
         "fingerprint": run.manifest["fingerprint"],
         "texts": run.manifest["files"],
         "structure": run.structure.to_dict(),
@@ -78,7 +79,7 @@ def _describe_run(facts: dict[str, Any]) -> str:
 
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
-    from ..checkpoint import Checkpoint
+    from ..checkpoint import Checkpoint, locate
     from ..checkpoint.headers import REPORT, read_json
     from ..model.build import policy_of
     from ..model.geometry import structure_of
@@ -86,7 +87,7 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
 
     opened = Checkpoint(path)
     config, stored = opened.config, [*opened.stored.values(), *opened.passengers.values()]
-    report = read_json(path / REPORT) if (path / REPORT).exists() else None
+    report = read_json(opened.folder / REPORT) if (opened.folder / REPORT).exists() else None
     policy = policy_of(config)
     if report and "structure" in report:
         structure = Structure.from_dict(report["structure"])
@@ -95,6 +96,7 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
     facts = {
         "kind": "checkpoint",
         "path": str(path),
+        "from": locate(path).source,
         "architecture": config.model_type,
         "wrapper": opened.wrapper.model_type if opened.wrapper else None,
         "notes": list(opened.notes),

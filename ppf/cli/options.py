@@ -19,8 +19,18 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: CUDA if t
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `ppf fit --output` made.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint.")]
-TextFile = Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text file.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A folder, org/name[@revision] on the hub, or a .gguf file.")
+]
+TextInput = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="Text, .jsonl, .json or .parquet, also .gz or .zst; - for stdin; a dataset's folder or hub id.",
+    ),
+]
+Field = Annotated[str | None, typer.Option(metavar="NAME", help="Of a dataset: the field with text or chat messages.")]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help="Of a dataset on the hub or in a folder: train, say.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens a sequence; each is scored on its own.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the stored one if this device has it.")]
 Weights = Annotated[str, typer.Option(help="gpu, or streamed from host or disk; auto: the first with room for them.")]

@@ -15,4 +15,13 @@ def protocol_size(protocol: dict[str, Any]) -> str:
     """How many tokens, in which sequences."""
     size = f"{protocol['tokens']:,} tokens in sequences of {protocol['sequence_length']}"
     begin = protocol.get("begin")
-    return size if begin is None else f"{size}, each behind the begin token ({begin})"
+    size = size if begin is None else f"{size}, each behind the begin token ({begin})"
+    return size + documents(protocol.get("read_as") or {})
+
+
+def documents(read_as: dict[str, Any]) -> str:
+    """How a dataset was read."""
+    if "documents" not in read_as:
+        return ""
+    field = f" of field {read_as['field']}" if "field" in read_as else ""
+    return f", {read_as['documents']:,} documents{field} joined by {read_as['joined']}"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import ranks
-from ..errors import InputError
 from .bars import policy_bars
 from .console import lines, progress_bars, show
 from .options import (
@@ -30,13 +29,7 @@ from .options import (
 )
 from .policy import predicted
 from .protocols import protocol_line
-
-if TYPE_CHECKING:
-    from ..deliver.request import Request
-    from ..deliver.results import Choice
-    from ..fitting.session import Session
-    from ..progress import Progress
-
+from .tasks import BatchSize, Limit, TaskFolder, TaskNames, opened, tasks_table
 
 # A prediction is shown beside what was delivered if they are further apart.
 _WORTH_TELLING = 1e-3
@@ -56,6 +49,10 @@ def prune(
     portable: Annotated[
         bool, typer.Option("--portable", help="A result that every export accepts; says what that costs.")
     ] = False,
+    tasks: TaskNames = None,
+    task_folder: TaskFolder = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
     device: Device = "auto",
     weights: Weights = "auto",
     gpu_memory_gb: GpuMemoryGb = None,
@@ -64,28 +61,32 @@ def prune(
     timings: Timings = False,
 ) -> None:
     """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
+    from ..deliver.api import decide
     from ..deliver.request import Request
-    from ..deliver.results import check_destination, deliver
+    from ..deliver.results import check_destination, check_tasks, deliver
     from ..fitting.evaluation.together import led
     from ..fitting.run import Run
     from ..fitting.session import Session
 
     if search is None and not ranks.first():  # there is nothing to share
         return
+    judged = opened(tasks, task_folder, limit, batch_size)
     session = Session(Run(run), device, placement=placement(weights, gpu_memory_gb))
     check_destination(session.run, output, force)
+    check_tasks(session, judged)
     with progress_bars() as progress:
         request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
-        chosen = partial(_choose, session, request, search, policy, portable, progress)
+        chosen = partial(decide, session, request, search, policy, portable, progress)
         choice = chosen() if search is None else led(session, chosen)
         if choice is None:  # the rest is the first process's
             return
-        report = deliver(session, choice, output, force, progress)
+        report = deliver(session, choice, output, force, progress, judged)
     data, text = {"output": str(output)} | report, summary(report, output)
+    tables = [tasks_table(report["tasks"])] if "tasks" in report else []
     if portable or session.run.settings.portable:
         data["routes"] = _routes(output)
         text += "\n" + lines({f"export to {to}": problem or "yes" for to, problem in data["routes"].items()})
-    show(as_json, data, text, policy_bars(choice.policy, session.run.structure), timings=timings)
+    show(as_json, data, text, *tables, policy_bars(choice.policy, session.run.structure), timings=timings)
 
 
 def _routes(output: Path) -> dict[str, str | None]:
@@ -93,28 +94,6 @@ def _routes(output: Path) -> dict[str, str | None]:
     from ..deliver.export.routes import routes
 
     return routes(open_source(output))
-
-
-def _choose(
-    session: Session, request: Request, search: int | None, policy: Path | None, portable: bool, progress: Progress
-) -> Choice:
-    from ..deliver.portable import choose_portable
-    from ..deliver.results import Choice, choose_for, read_policy
-
-    if policy is not None:
-        for name, value in (*request.given.items(), ("search", search), ("portable", portable or None)):
-            if value is not None:
-                raise InputError(name, value, "makes no sense with --policy, which decides everything", "Drop one")
-        return Choice(read_policy(policy), "given")
-    budget = request.budget(session.run)
-    if not portable or session.run.settings.portable:
-        return choose_for(session, budget, search, progress)
-    other = None if budget.requested_ratio is not None else budget.requested
-    for name, value in (("search", search), (budget.name, other)):
-        if value is not None:
-            remedy = "Fit the model with --portable and prune that run, or give --ratio alone"
-            raise InputError(name, value, "is not possible with --portable in a run that is not", remedy)
-    return choose_portable(session, budget.requested)
 
 
 def budget_line(budget: dict) -> str:

@@ -10,13 +10,15 @@ import typer
 from .console import lines, progress_bars, show
 from .options import (
     Device,
+    Field,
     Force,
     GpuMemoryGb,
     Json,
     Model,
     Seed,
     SequenceLength,
-    TextFile,
+    Split,
+    TextInput,
     Timings,
     Weights,
     placement,
@@ -26,8 +28,10 @@ from .protocols import protocol_line
 
 def recover(
     model: Model,
-    text: TextFile,
+    text: TextInput,
     output: Annotated[Path, typer.Option(metavar="OUT", help="Folder of the recovered checkpoint.")],
+    field: Field = None,
+    split: Split = None,
     tokens: Annotated[int, typer.Option(help="Train on so many; a shorter text is read again and again.")] = 5_000_000,
     method: Annotated[str, typer.Option(help="lora, full, or norms (norm weights and biases only).")] = "lora",
     teacher: Annotated[
@@ -55,6 +59,7 @@ def recover(
     """
     from ..deliver.recovery import RecoverySettings
     from ..deliver.recovery import recover as recover_checkpoint
+    from ..text import Text
 
     settings = RecoverySettings(
         method, tokens, learning_rate, distillation, sequence_length, batch_tokens, micro_tokens, rank, seed
@@ -62,8 +67,8 @@ def recover(
     place = placement(weights, gpu_memory_gb)
     with progress_bars() as progress:
         report = recover_checkpoint(
-            model, text, output, settings=settings, teacher=teacher, device=device, placement=place, force=force,
-            progress=progress,
+            model, Text(text, field, split), output, settings=settings, teacher=teacher, device=device,
+            placement=place, force=force, progress=progress,
         )  # fmt: skip
     show(as_json, {"output": str(output)} | report, summary(report, output), timings=timings)
 

@@ -22,10 +22,10 @@ from ..fitting.perplexity import computing, log_perplexity_of
 from ..fitting.run import Protocol, Run
 from ..fitting.search import Search
 from ..fitting.session import Session
+from ..fitting.tasks import Tasks
 from ..model.build import expected_tensors, pruned_config, skeleton
 from ..model.decoder import Decoder
 from ..model.policy import Policy
-from ..model.stream import Placement
 from ..progress import Progress, silent
 from .request import answer
 
@@ -112,12 +112,14 @@ def check_destination(run: Run, output: str | Path, force: bool) -> None:
 
 
 def deliver(
-    session: Session, choice: Choice, output: str | Path, force: bool = False, progress: Progress = silent
-) -> dict[str, Any]:
+    session: Session, choice: Choice, output: str | Path, force: bool = False, progress: Progress = silent,
+    tasks: Tasks | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write ``choice`` to ``output`` layer by layer, and score what was written on the run's evaluation split.
 
-    Returns the report that ``ppf.json`` holds. Raises ``InputError`` for a policy off the grid, for an ``output`` that
-    may not be written, and for a timed budget where weights stream, all before any work.
+    What was written is judged by ``tasks`` too, if there are any. Returns the report that ``ppf.json`` holds. Raises
+    ``InputError`` for a policy off the grid, for an ``output`` that may not be written, and for a timed budget or tasks
+    where weights stream, all before any work.
     """
     run = session.run
     run.grid.check(choice.policy)
@@ -125,12 +127,13 @@ def deliver(
     source, tokenizer = checkpoint.Checkpoint(run.model_path), checkpoint.load_tokenizer(run.model_path)
     if choice.budget is not None and choice.budget.timed:
         session.permuted.require_resident(f"--{choice.budget.name}, for which the result is timed")
+    check_tasks(session, tasks)
     return checkpoint.save_stream(
         pruned_config(session.permuted.config, choice.policy),
         session.pruned_tensors(choice.policy),
         session.permuted.dtype,
         output,
-        lambda folder: _report(run, choice) | _measured(session, choice, folder, progress),
+        lambda folder: _report(run, choice) | _measured(session, choice, folder, progress, tasks),
         tokenizer=tokenizer,
         generation=session.generation_config,
         force=force,
@@ -138,25 +141,31 @@ def deliver(
     )
 
 
-def _measured(session: Session, choice: Choice, folder: Path, progress: Progress) -> dict[str, Any]:
+def check_tasks(session: Session, tasks: Tasks | None) -> None:
+    """Raise ``InputError`` unless results of ``session`` can be judged by ``tasks``."""
+    if tasks is not None:
+        tasks.check(session.permuted.config.max_position_embeddings, session.permuted.resident)
+
+
+def _measured(
+    session: Session, choice: Choice, folder: Path, progress: Progress, tasks: Tasks | None
+) -> dict[str, Any]:
     """What the result itself in ``folder`` has, of which nothing is in memory any more."""
     sequences = session.run.sequences()
     if not session.permuted.resident:
         session.permuted.layers.close()  # the result's layers need the room
-    model = checkpoint.load_or_stream(folder, session.device, "auto", _placement(session, choice.budget))
+    resident = tasks is not None or (choice.budget is not None and choice.budget.timed)
+    placement = replace(session.placement, weights="gpu") if resident else session.placement
+    model = checkpoint.load_or_stream(folder, session.device, "auto", placement)
     scored = computing(model)
     value = log_perplexity_of(scored, sequences, progress)
     facts = {"dtype": str(scored.dtype).removeprefix("torch."), "device": str(session.device)}
-    return {
+    judged = tasks and {"tasks": tasks.score(scored, checkpoint.load_tokenizer(folder), progress)}
+    return (judged or {}) | {
         "parameters": {"dense": _count(session.permuted.config), "pruned": _count(model.config)},
         "budget": _spent(choice, model),
         "measured": _both(value) | facts | {"protocol": Protocol.of_run(session.run, sequences).to_dict()},
     }
-
-
-def _placement(session: Session, budget: Budget | None) -> Placement:
-    """Where the result's weights go: a timed one's onto the device, as the dense weights did."""
-    return replace(session.placement, weights="gpu") if budget is not None and budget.timed else session.placement
 
 
 def _spent(choice: Choice, model: PreTrainedModel | Decoder) -> dict[str, Any] | None:
@@ -186,7 +195,11 @@ def _report(run: Run, choice: Choice) -> dict[str, Any]:
         "search_evaluations": choice.evaluations,
         "predicted": _both(float(prediction.mean)) | {"log_perplexity_std": float(prediction.std)},
         "dense": None if dense is None else _both(dense),
-        "model": {"path": str(run.model_path), "fingerprint": run.manifest["fingerprint"]},
+        "model": {
+            "path": str(run.model_path),
+            "fingerprint": run.manifest["fingerprint"],
+            "source": run.manifest.get("source"),
+        },
         "source": source_report(run.model_path),
         "structure": run.structure.to_dict(),
         "settings": run.settings.to_dict(),

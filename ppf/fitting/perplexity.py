@@ -1,10 +1,10 @@
-"""``ppf.evaluate``: the perplexity of a model on a text, as it is or with some of its units only."""
+"""``ppf.evaluate``: a model's perplexity on a text, as it is or with some of its units only, and what tasks say."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import checkpoint
-from ..checkpoint.checks import existing_folder, read_config
+from .. import checkpoint, ranks
+from ..checkpoint.checks import read_config
 from ..errors import InputError
 from ..families import family_of
 from ..model.decoder import Decoder
@@ -21,20 +21,22 @@ from ..model.geometry import structure_of
 from ..model.grid import Grid
 from ..model.precision import compute_dtype
 from ..model.stream import Placement
-from ..progress import Progress, silent
+from ..progress import Progress, logged, silent
 from ..text import take_tokens
 from .evaluation import Evaluator
 from .evaluation.scoring import in_compute_dtype, model_log_perplexity, require_finite
 from .reader import Reader
 from .run.protocol import Protocol
 from .selection import Selection, selection_evaluator
+from .tasks import Tasks
 
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    text: str | Path | Tensor,
+    text: Any = None,
     selection: Selection | Mapping[str, Any] | str | Path | None = None,
     *,
+    tasks: Tasks | Sequence[str] | str | None = None,
     sequence_length: int = 512,
     tokens: int | None = None,
     device: str = "auto",
@@ -42,33 +44,46 @@ def evaluate(
     placement: Placement | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """What ``ppf eval --json`` prints: "perplexity", "log_perplexity" (nats a token), "protocol" and circumstances.
+    """What ``ppf eval --json`` prints: "perplexity", "log_perplexity" (nats a token), "protocol", "tasks" and
+    circumstances; None for what was not asked.
 
-    ``model`` is a checkpoint's folder, or a transformers model of one of PPF's families on its own device and in its
-    own dtype; ``text`` a UTF-8 file, or token sequences int64 [N, T] (a loaded model takes only these). ``tokens`` asks
-    for about so many, evenly spaced. With a ``selection`` (or its dict, or its JSON file) only those units count: any
-    other tool's mask, scored without surgery. ``placement`` says where a folder's weights are kept: if they stream, the
-    model is scored layer by layer. Raises ``InputError`` for anything wrong with the arguments.
+    ``model`` is a checkpoint (a folder, an id on the hub, a GGUF file), or a transformers model of one of PPF's
+    families on its own device and in its own dtype; ``text`` anything that :class:`ppf.Text` takes, of which a loaded
+    model takes only token sequences int64 [N, T]. ``tokens`` asks for about so many, evenly spaced, or the first ones
+    of a dataset. With a ``selection`` (or its dict, or its JSON file) only those units count: any other tool's mask,
+    scored without surgery. ``placement`` says where a checkpoint's weights are kept: if they stream, the model is
+    scored layer by layer.
+
+    ``tasks`` are lm_eval's, by name, or :meth:`ppf.Tasks.open` for a folder of items, a limit and a batch size; they
+    need a folder with a tokenizer, and all weights on the device. Raises ``InputError`` for anything wrong with the
+    arguments.
     """
-    target_device = str(checkpoint.resolve_device(device))
+    if text is None and tasks is None:
+        raise InputError("text", None, "and tasks are both missing", "Give a text, tasks, or both")
+    target_device, progress = str(checkpoint.resolve_device(device)), logged(progress)
     if isinstance(selection, (str, Path)):
         selection = Selection.read(selection)
     elif isinstance(selection, Mapping):
         selection = Selection.from_dict(dict(selection))
     if selection is not None:
-        config = model.config if isinstance(model, PreTrainedModel) else read_config(existing_folder(model))
+        config = model.config if isinstance(model, PreTrainedModel) else read_config(checkpoint.local_folder(model))
         selection.check(structure_of(family_of(config.model_type), config))
-    sequences, protocol = _read(model, text, sequence_length, tokens)
+    opened = None if tasks is None else _opened(tasks, model, selection)
+    sequences, protocol = (None, None) if text is None else _read(model, text, sequence_length, tokens)
     target = _target(model, selection is not None, target_device, dtype, placement or Placement())
-    start = time.perf_counter()
-    if selection is None:
-        value, kept = log_perplexity_of(target, sequences, progress), None
-    else:
+    start, value, kept = time.perf_counter(), None, None
+    if opened is not None:
+        opened.check(target.config.max_position_embeddings, isinstance(target, PreTrainedModel))
+    if selection is not None:
         value, kept = _selected(target, selection, sequences)
+    elif sequences is not None:
+        value = log_perplexity_of(target, sequences, progress)
     return {
         "model": str(getattr(model, "name_or_path", model)),
-        "perplexity": math.exp(value),
+        "from": {"kind": "memory"} if isinstance(model, PreTrainedModel) else checkpoint.locate(model).source,
+        "perplexity": None if value is None else math.exp(value),
         "log_perplexity": value,
+        "tasks": None if opened is None else _figures(opened, target, model, progress),
         "selection": kept,
         "protocol": None if protocol is None else protocol.to_dict(),
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -105,21 +120,45 @@ def log_perplexity_of(target: PreTrainedModel | Decoder, sequences: Tensor, prog
 
 
 def _read(
-    model: str | Path | PreTrainedModel, text: str | Path | Tensor, length: int, tokens: int | None
+    model: str | Path | PreTrainedModel, text: Any, length: int, tokens: int | None
 ) -> tuple[Tensor, Protocol | None]:
     if isinstance(text, Tensor):
-        if text.dim() != 2 or text.dtype is not torch.int64 or text.shape[1] < 2:
-            given = f"{text.dtype} {list(text.shape)}"
-            raise InputError("text", given, "are not token sequences", "Give int64 [N, T], T at least 2")
+        require_sequences(text)
         return take_tokens(text, tokens), None
     if isinstance(model, PreTrainedModel):
         problem = "needs a tokenizer, which a loaded model has not"
         raise InputError("text", text, problem, "Give token sequences, or the folder of the checkpoint as model")
-    reader = Reader.of(model, length)
-    packed = reader.sequences(text)
-    sequences = take_tokens(packed, tokens)
-    part = "all of it" if len(sequences) == len(packed) else "evenly spaced sequences"
-    return sequences, Protocol.of_file(text, sequences, part, reader.begin)
+    most = None if tokens is None else max(1, tokens // length)
+    reading = Reader.of(model, length).read(text, most=most)
+    sequences = take_tokens(reading.sequences, tokens).long()
+    part = reading.part(len(sequences) == len(reading.sequences))
+    return sequences, Protocol.of_reading(reading, sequences, part)
+
+
+def require_sequences(text: Tensor) -> None:
+    """Raise ``InputError`` unless ``text`` are token sequences."""
+    if text.dim() != 2 or text.dtype is not torch.int64 or text.shape[1] < 2:
+        given = f"{text.dtype} {list(text.shape)}"
+        raise InputError("text", given, "are not token sequences", "Give int64 [N, T], T at least 2")
+
+
+def _opened(
+    tasks: Tasks | Sequence[str] | str, model: str | Path | PreTrainedModel, selection: Selection | None
+) -> Tasks:
+    """The tasks, before any work. Raises ``InputError`` for what cannot be judged by tasks."""
+    if selection is not None:
+        remedy = "Score the selection on a text, or prune and judge the result"
+        raise InputError("selection", "given", "is not possible with tasks", remedy)
+    if isinstance(model, PreTrainedModel):
+        problem = "need a tokenizer, which a loaded model has not"
+        raise InputError("tasks", "given", problem, "Give the folder of the checkpoint as model")
+    return tasks if isinstance(tasks, Tasks) else Tasks.open(tasks)
+
+
+def _figures(tasks: Tasks, target: PreTrainedModel, model: str | Path, progress: Progress) -> dict[str, Any]:
+    """What ``tasks`` say: in the first process, to all."""
+    tokenizer = checkpoint.load_tokenizer(model)
+    return ranks.from_first(lambda: tasks.score(target, tokenizer, progress))
 
 
 def _target(

@@ -42,7 +42,7 @@ class Session:
     def __init__(
         self,
         run: Run,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         decoder: Decoder | None = None,
         placement: Placement | None = None,
     ):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import checkpoint, ranks
 from .._version import versions
-from ..checkpoint.hashes import sha256_of
 from ..choose.agent import error_energies
 from ..errors import InputError
 from ..families import KINDS, family_of
@@ -24,23 +24,24 @@ from ..model.precision import compute_dtype
 from ..model.stream import Placement
 from ..model.structure import Structure
 from ..progress import Progress, silent
-from ..text import Splits, check_context, split, take_tokens
+from ..text import Splits, check_context
 from ..timings import seconds, since, timed
 from .calibration import LayerStatistics, calibrate
 from .collection import collect
 from .evaluation.together import led
 from .factors import factorise_layer, save_factors
+from .in_memory import placed
 from .learning import Learning, learn
 from .library import library_bytes
 from .ranking import rank_layer
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
-from .reader import Reader
 from .rounds import Journal
 from .run import Run, Settings
-from .run.directory import MANIFEST, ROUNDS, layer_file, read_manifest
-from .run.settings import portable_settings
+from .run.directory import MANIFEST, MODEL, ROUNDS, layer_file, read_manifest
+from .run.settings import portable_settings, settings_of
 from .search.exploration import check_evaluations
 from .session import Session
+from .texts import Texts
 
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
@@ -51,27 +52,43 @@ _OTHER_FILES = 64 << 20
 
 
 def fit(
-    model: str | Path,
-    text: str | Path,
+    model: str | Path | PreTrainedModel,
+    text: Any,
     output: str | Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: Settings | None = None,
-    eval_text: str | Path | None = None,
+    eval_text: Any = None,
     device: str = "auto",
     placement: Placement | None = None,
     progress: Progress = silent,
+    **values: Any,
 ) -> Run:
     """Learn how much every layer of ``model`` can lose; leaves a run in ``output`` and returns it.
 
-    Calibration uses the first three quarters of ``text`` and evaluation the rest, or ``eval_text`` if given. If
+    ``model`` is a folder, ``org/name`` or ``org/name@revision`` on the hub, a GGUF file, or a transformers model in
+    memory with its ``tokenizer``, which becomes RUN/model.
+
+    Texts are paths, datasets, iterables of strings or token ids, or a :class:`ppf.Text` of one of these. Calibration
+    uses the first three quarters of ``text`` and evaluation the rest, or ``eval_text`` if given; of a dataset no more
+    is read than both need. If
     ``output`` holds an unfinished fit of the same model, texts and settings, it goes on where that stopped; a finished
     one is returned as it is. ``placement`` says where the weights are kept, by default on the device if they fit.
     Raises ``InputError`` for anything wrong with the arguments, before any work.
 
+    Settings come as ``settings`` or one by one, under the names of :class:`Settings`: ``evaluations=600``.
+    ``progress(stage, done, total)`` is called as the work goes on, and the logger "ppf" is told of every stage.
+
     Processes that :func:`ppf.ranks.start` has brought together all call this with the same arguments, share the work,
     and get the same run; ``output`` must be a folder that all of them see.
     """
-    before, settings, output = seconds(), settings or Settings(), Path(output)
+    before, settings, output = seconds(), settings_of(settings, values), Path(output)
+    if isinstance(model, PreTrainedModel):
+        with placed(model, tokenizer, output) as folder:
+            return fit(
+                folder, text, output, settings=settings, eval_text=eval_text, device=device, placement=placement,
+                progress=progress,
+            )  # fmt: skip
     target = checkpoint.resolve_device(device)
     config = checkpoint.check_checkpoint(model)
     structure = structure_of(family_of(config.model_type), config)
@@ -90,8 +107,8 @@ def fit(
 
 def _prepare(
     model: str | Path,
-    text: str | Path,
-    eval_text: str | Path | None,
+    text: Any,
+    eval_text: Any,
     output: Path,
     settings: Settings,
     structure: Structure,
@@ -108,8 +125,11 @@ def _prepare(
     with timed("reading weights"):
         decoder = checkpoint.load_decoder(model, device=str(device), placement=placement)
     _require_weights(decoder, settings)
-    names = {"text": str(Path(text).resolve()), "eval_text": str(Path(eval_text).resolve()) if eval_text else None}
-    manifest = {"model": str(Path(model).resolve()), "files": names, "versions": versions(), "state": "fitting"}
+    parts, texts = parts
+    found = checkpoint.locate(model)
+    source = {"kind": "memory"} if found.folder == output / MODEL else found.source
+    place = {"model": str(found.folder.resolve()), "source": source}
+    manifest = {**place, **texts, "versions": versions(), "state": "fitting"}
     ranks.from_first(lambda: _begin(output, parts, question | manifest, library_bytes(settings.grid(structure))))
     return decoder
 
@@ -122,23 +142,24 @@ def _require_weights(decoder: Decoder, settings: Settings) -> None:
 
 def _question(
     model: str | Path,
-    text: str | Path,
-    eval_text: str | Path | None,
+    text: Any,
+    eval_text: Any,
     output: Path,
     settings: Settings,
     structure: Structure,
-) -> tuple[dict[str, Any], Splits | None]:
-    """What is asked, and the texts for it unless ``output`` holds a run that asks the same."""
+) -> tuple[dict[str, Any], tuple[Splits, dict[str, Any]] | None]:
+    """What is asked, and unless ``output`` holds a run that asks the same, the texts and what is said of them."""
+    texts = Texts(model, text, eval_text, settings)
     question = {
         "fingerprint": checkpoint.fingerprint(model),
         "structure": structure.to_dict(),
         "settings": settings.to_dict(),
-        "texts": {"text": _sha256(text), "eval_text": _sha256(eval_text) if eval_text else None},
+        "texts": texts.identity(),
     }
-    if output.exists() and (not output.is_dir() or not all(_unfinished_start(file) for file in output.iterdir())):
+    if output.exists() and (not output.is_dir() or not all(_unfinished_start(f, model) for f in output.iterdir())):
         _require_same(output, question)
         return question, None
-    return question, _splits(model, text, eval_text, settings)
+    return question, (texts.splits(), texts.facts)
 
 
 def _begin(output: Path, parts: Splits, manifest: dict[str, Any], library: int) -> None:
@@ -150,11 +171,10 @@ def _begin(output: Path, parts: Splits, manifest: dict[str, Any], library: int) 
     write_json(output / MANIFEST, manifest)
 
 
-def _unfinished_start(file: Path) -> bool:
-    """True for what a fit leaves that was killed before it had written its manifest."""
-    return file.name == _TEXTS or (
-        file.name.endswith(".tmp") and file.name.startswith((f".{_TEXTS}.", f".{MANIFEST}."))
-    )
+def _unfinished_start(file: Path, model: str | Path) -> bool:
+    """True for what a fit of ``model`` leaves that was killed before it had written its manifest."""
+    temporary = file.name.endswith(".tmp") and file.name.startswith((f".{_TEXTS}.", f".{MANIFEST}."))
+    return file.name == _TEXTS or temporary or (file.name == MODEL and file == Path(model))
 
 
 def _require_same(output: Path, question: dict[str, Any]) -> None:
@@ -170,17 +190,6 @@ def _require_same(output: Path, question: dict[str, Any]) -> None:
         raise InputError("output", output, problem, remedy)
     if manifest["texts"] != question["texts"]:
         raise InputError("output", output, "is a run on another text", remedy)
-
-
-def _splits(model: str | Path, text: str | Path, eval_text: str | Path | None, settings: Settings) -> Splits:
-    reader = Reader.of(model, settings.sequence_length)
-    sequences = reader.sequences(text)
-    if eval_text is None:
-        return split(sequences, settings.calibration_tokens, settings.evaluation_tokens)
-    evaluation = reader.sequences(eval_text, "eval-text")
-    return Splits(
-        take_tokens(sequences, settings.calibration_tokens), take_tokens(evaluation, settings.evaluation_tokens)
-    )
 
 
 def _calibrate(session: Session, progress: Progress) -> None:
@@ -277,10 +286,3 @@ def _finish(session: Session, took: float, before: dict[str, float]) -> None:
     device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
     told = {"state": "complete", "device": device, "seconds": took, "timings": since(before)}
     write_json(run.path / MANIFEST, run.manifest | told)
-
-
-def _sha256(path: str | Path) -> str:
-    try:
-        return sha256_of(Path(path))
-    except OSError as error:
-        raise InputError("text", path, f"cannot be read ({error.strerror})", "Give a UTF-8 text file") from None

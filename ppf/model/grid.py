@@ -20,8 +20,8 @@ from .policy import Policy
 from .structure import Structure
 
 # Portable policies are those that every reader accepts: attention whole in every layer, FFN widths in multiples of 256
-# or none. Whole attention, because DeciLM has one number of query heads for the model and vLLM's general back end gives
-# every layer a cache. 256, because DeciLM's readers round up to it and GGUF's K-quants need it.
+# or none. Whole attention, because DeciLM has one number of query heads for the model. 256, because its readers round
+# up to it and GGUF's K-quants need it.
 PORTABLE_MULTIPLE = 256
 
 

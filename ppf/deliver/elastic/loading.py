@@ -19,7 +19,7 @@ from .model import elastic_class, elastic_model
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", *, elastic: bool = False,
+    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", *, elastic: bool = False,
     refit: bool = True,
 ) -> PreTrainedModel:  # fmt: skip
     """A model in eval mode: of a checkpoint that PPF or Hugging Face wrote, or, ``elastic``, of a run of ``ppf fit``.

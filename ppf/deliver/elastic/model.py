@@ -144,7 +144,7 @@ class Elastic:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """An elastic model is saved as the checkpoint of one policy. Raises ``InputError``."""
-        remedy = "Use ppf.Session(run).materialize(model.policy) and ppf.save, or `ppf prune`"
+        remedy = "Use ppf.Run(RUN).prune(policy=model.policy).save_pretrained(OUT), or `ppf prune`"
         raise InputError("model", type(self).__name__, "is views of a run's weights, not a checkpoint", remedy)
 
     def _set(self, choice: float | Policy) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...checkpoint import Checkpoint, load_tokenizer, verify
-from ...checkpoint.headers import REPORT, StoredTensor, existing_folder, read_json
+from ...checkpoint import Checkpoint, load_tokenizer, local_folder, verify
+from ...checkpoint.headers import REPORT, StoredTensor, read_json
 from ...errors import InputError
 from ...families import ATTENTION, Family
 from ...families.traits import traits_of
@@ -105,7 +105,7 @@ class Source:
 
 def open_source(path: str | Path) -> Source:
     """Check a checkpoint (files, shapes, recorded SHA-256) and open it; raises ``InputError``. Reads no weights yet."""
-    folder = existing_folder(path)
+    folder = local_folder(path)
     _require_attention_in_layer_0(folder)
     checkpoint = Checkpoint(folder)
     verify(folder)

@@ -11,11 +11,13 @@ from typing import Any
 
 from ...errors import InputError
 from ...families.traits import unserved
+from ...model.geometry import head_dim_of
 from .hf import write_copy
 from .source import Source, check_destination
 from .vllm_plugin import SERVED
 
 _SIZES = (1, 2, 4, 8, 16)
+_BY_HIDDEN_SIZE = ("qwen2",)
 _REMEDY = "Export to hf or gguf, or prune with the same widths in all layers"
 
 
@@ -32,27 +34,32 @@ def to_vllm(source: Source, output: str | Path, tensor_parallel: int = 1, force:
 
 
 def require_servable(source: Source, tensor_parallel: int) -> None:
-    """Raise ``InputError`` for layers of different widths in a family that the plugin does not serve, for a layer
-    without attention, and for widths that so many GPUs cannot share evenly."""
+    """Raise ``InputError`` for layers of different widths in a family that the plugin does not serve, for a uniform
+    result that vLLM's own model would misread, and for widths that so many GPUs cannot share evenly."""
     if tensor_parallel < 1:
         raise InputError("tensor-parallel", tensor_parallel, "is no number of GPUs", "Use a whole number, at least 1")
-    if not source.is_uniform:
+    if source.is_uniform:
+        _require_own(source)
+    else:
         _require_served(source)
-    for index, (heads, _, _) in enumerate(source.widths):
-        if not heads:
-            problem = "vLLM's general back end gives every layer a key/value cache, and has none of this width"
-            remedy = "Fit and prune with --portable, which keeps attention everywhere, or export to hf or gguf"
-            raise InputError(f"attention heads of layer {index}", 0, problem, remedy)
     problem = tensor_parallel_problem(source, tensor_parallel)
     if problem:
         fits = [size for size in _SIZES if tensor_parallel_problem(source, size) is None]
         raise InputError("tensor-parallel", tensor_parallel, problem, f"This checkpoint fits {fits}")
 
 
+def _require_own(source: Source) -> None:
+    """Uniform results are vLLM's own models, some of which do not look at ``head_dim``."""
+    config, heads = source.config, source.widths[0][0]
+    if config.model_type in _BY_HIDDEN_SIZE and heads * head_dim_of(config) != config.hidden_size:
+        problem = f"vLLM's own {config.model_type} takes the hidden size over the {heads} heads for the head size"
+        raise InputError("attention heads", heads, problem, "Keep all heads, or prune with widths that differ")
+
+
 def _require_served(source: Source) -> None:
-    served, problem = sorted(config.model_type for config in SERVED), None
-    if source.is_tower or source.config.model_type not in served:
-        problem = f"PPF's plugin for vLLM serves layers of different widths of {', '.join(served)} only"
+    problem = None
+    if source.is_tower or source.config.model_type not in SERVED:
+        problem = f"PPF's plugin for vLLM serves layers of different widths of {', '.join(SERVED)} only"
     elif reason := unserved(source.traits, ()):
         problem = f"PPF's plugin for vLLM cannot run it: {reason}"
     if problem:

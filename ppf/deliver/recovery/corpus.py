@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class Corpus:
             )
         kept = max(1, round(len(sequences) * _HELD_OUT_SHARE))
         return cls(sequences[:-kept], take_tokens(sequences[-kept:], _HELD_OUT_TOKENS))
+
+    @staticmethod
+    def needed(training: int) -> int:
+        """How many sequences a text must have for ``training`` different ones to be trained on."""
+        return math.ceil(training / (1 - _HELD_OUT_SHARE)) + 1
 
     def batch(self, step: int, size: int, seed: int) -> Tensor:
         """The ``size`` sequences int64 [size, T] of one step.

@@ -14,17 +14,16 @@ from transformers import PreTrainedModel
 
 from ... import checkpoint, memory, ranks
 from ..._version import versions
-from ...checkpoint.checks import REPORT, existing_folder
-from ...checkpoint.hashes import sha256_of
+from ...checkpoint.checks import REPORT
 from ...checkpoint.headers import read_json
 from ...checkpoint.writing import model_bytes
 from ...errors import InputError
 from ...files import check_output, require_space
 from ...fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
-from ...fitting.reader import Reader
+from ...fitting.reader import Reader, Reading
 from ...fitting.run import Protocol
 from ...model.stream import Placement
-from ...progress import Progress, silent
+from ...progress import Progress, logged, silent
 from ...timings import timed
 from .corpus import Corpus
 from .methods import Student, require_installed
@@ -40,7 +39,7 @@ _OF_THE_PRUNED = ("measured", "predicted", "dense")
 
 def recover(
     pruned: str | Path,
-    text: str | Path,
+    text: Any,
     output: str | Path,
     *,
     settings: RecoverySettings | None = None,
@@ -63,11 +62,14 @@ def recover(
     ``PPFError`` if the training diverges.
     """
     settings, placement = settings or RecoverySettings(), placement or Placement()
-    job = ranks.from_first(lambda: _check(Path(pruned), text, Path(output), settings, teacher, device, force))
+    pruned = checkpoint.local_folder(pruned)  # in every process: each may have a cache of its own
+    if teacher is not None and settings.distillation > 0:
+        teacher = checkpoint.local_folder(teacher)
+    job = ranks.from_first(lambda: _check(pruned, text, Path(output), settings, teacher, device, force))
     job = replace(job, device=ranks.device(job.device))
     memory.bound(job.device, placement.gpu_memory)
-    progress = progress if ranks.first() else silent
-    corpus = Corpus.of(job.reader.sequences(job.text))
+    progress = logged(progress if ranks.first() else silent)
+    corpus = Corpus.of(job.reading.sequences.long())
     with ranks.together():
         student, before = _begin(job, corpus, progress)
         dense, losses, seconds = _train(student, corpus, job, placement, progress)
@@ -86,7 +88,7 @@ def recover(
 @dataclass(frozen=True)
 class _Job:
     pruned: Path
-    text: Path
+    reading: Reading
     output: Path
     settings: RecoverySettings
     teacher: Path | None
@@ -98,7 +100,7 @@ class _Job:
 
 def _check(
     pruned: Path,
-    text: str | Path,
+    text: Any,
     output: Path,
     settings: RecoverySettings,
     teacher: str | Path | None,
@@ -107,20 +109,20 @@ def _check(
 ) -> _Job:
     """Everything that can be refused without reading weights."""
     target = checkpoint.resolve_device(device)
-    reader = Reader.of(existing_folder(pruned), settings.sequence_length)
+    reader = Reader.of(pruned, settings.sequence_length)
     require_installed(settings.method)
     report = read_json(pruned / REPORT) if (pruned / REPORT).exists() else {}
     folder = find_teacher(pruned, report, teacher, settings.distillation)
     _check_destination(output, force, {"checkpoint": pruned, "teacher": folder})
-    _require_file(text)
+    reading = reader.read(text, most=Corpus.needed(settings.steps * settings.batch))
     question = {
         "checkpoint": checkpoint.fingerprint(pruned),
-        "text": sha256_of(Path(text)),
+        "text": reading.sha256 if reading.read_as is None else reading.read_as | {"sha256": reading.sha256},
         "teacher": None if folder is None else checkpoint.fingerprint(folder),
         "settings": _deciding(settings),
         "device": target.type,
     }
-    return _Job(pruned, Path(text), output, settings, folder, target, report, Unfinished(output, question), reader)
+    return _Job(pruned, reading, output, settings, folder, target, report, Unfinished(output, question), reader)
 
 
 def _deciding(settings: RecoverySettings) -> dict[str, Any]:
@@ -134,11 +136,6 @@ def _check_destination(output: Path, force: bool, inputs: dict[str, Path | None]
         if folder is not None and (target == folder.resolve() or target in folder.resolve().parents):
             raise InputError("output", output, f"holds the {name}", "Name a new folder")
     check_output(output, force)
-
-
-def _require_file(text: str | Path) -> None:
-    if not Path(text).is_file():
-        raise InputError("text", text, "is not a file", "Give a UTF-8 text file")
 
 
 @timed("reading weights")
@@ -209,7 +206,7 @@ def _report(
 ) -> dict[str, Any]:
     """The pruned checkpoint's report, extended: "measured" and "dense" are now those of the held-out part."""
     before, after, dense = measured
-    protocol = Protocol.of_file(job.text, corpus.held_out, "last 5 %, not trained on", job.reader.begin).to_dict()
+    protocol = Protocol.of_reading(job.reading, corpus.held_out, "last 5 %, not trained on").to_dict()
     settings = job.settings
     recovery = {
         "from": str(job.pruned.resolve()),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import fingerprint, load_tokenizer
-from ...checkpoint.checks import existing_folder, read_config
+from ...checkpoint import fingerprint, load_tokenizer, local_folder, recall
+from ...checkpoint.checks import read_config
 from ...errors import InputError
 
 _REMEDY = "Name the dense model with --teacher DIR, or turn distillation off with --distillation 0"
@@ -25,7 +25,7 @@ def find_teacher(
         if given is not None:
             raise InputError("teacher", given, "is not needed with --distillation 0", "Drop one of them")
         return None
-    folder = existing_folder(given) if given is not None else _recorded(checkpoint, report)
+    folder = local_folder(given) if given is not None else _recorded(checkpoint, report)
     _require_same_vocabulary(checkpoint, folder)
     return folder
 
@@ -37,7 +37,7 @@ def _recorded(checkpoint: Path, report: dict[str, Any]) -> Path:
     model = report.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("path"), str):
         raise InputError("teacher", "(none)", f"{checkpoint} does not say which dense model it came from", _REMEDY)
-    folder = Path(model["path"])
+    folder = recall(Path(model["path"]), model.get("source"))
     if not folder.is_dir():
         raise InputError("teacher", folder, f"the dense model that {checkpoint} names is not there", _REMEDY)
     if fingerprint(folder) != model.get("fingerprint"):

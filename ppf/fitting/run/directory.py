@@ -5,6 +5,7 @@ RUN/texts.safetensors        token sequences of calibration and evaluation
 RUN/statistics/layer-000…    calibration statistics and ranking of each layer
 RUN/library/layer-000…       refitted o and down of each level
 RUN/experience.sqlite        measured policies
+RUN/model                    the dense model, if it was fitted from memory
 RUN/rounds.json              how far the predictor was off at the agent's own policies, round by round
 RUN/predictor.safetensors, RUN/agent.safetensors
 """
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...checkpoint import fingerprint
+from ...checkpoint import fingerprint, recall
 from ...choose.agent import Agent
 from ...choose.budget.projection import check_ratio
 from ...choose.predictor import Prediction, Predictor, make_predictor
@@ -36,7 +37,7 @@ from ..calibration import LayerStatistics, Moments
 from ..experience import Experience
 from .settings import Settings
 
-MANIFEST, ROUNDS = "run.json", "rounds.json"
+MANIFEST, ROUNDS, MODEL = "run.json", "rounds.json", "model"
 _Module = TypeVar("_Module", bound=nn.Module)
 # What every manifest has, with the type of its JSON value.
 _FIELDS = {"model": str, "fingerprint": str, "structure": dict, "settings": dict, "texts": dict, "state": str}
@@ -65,10 +66,15 @@ class Run:
         self.structure = Structure.from_dict(self.manifest["structure"])
         self.grid = self.settings.grid(self.structure)
 
-    @property
+    @cached_property
     def model_path(self) -> Path:
-        """Where the dense checkpoint was when the run was fitted."""
-        return Path(self.manifest["model"])
+        """Where the dense checkpoint is: where it was when the run was fitted, or in the run if that was from memory.
+        If it has gone from there, the hub or the GGUF file that it came from is asked again; raises ``InputError`` if
+        that fails."""
+        source = self.manifest.get("source")
+        if source is not None and source["kind"] == "memory":
+            return self.path / MODEL
+        return recall(Path(self.manifest["model"]), source)
 
     @property
     def is_complete(self) -> bool:

@@ -9,14 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from ...checkpoint.checks import read_config
-from ...checkpoint.hashes import sha256_of
 from ...families import family_of
+from ..reader import Reading
 from .directory import Run
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A text file and its SHA-256, which ``part`` of it, and how many ``tokens`` in sequences of which length.
+    """A text and its SHA-256, which ``part`` of it, and how many ``tokens`` in sequences of which length. ``read_as``
+    says how anything but plain text became tokens: its format, field and split, the documents and how they were joined.
 
     Tokens are always those of the checkpoint's own tokenizer without special tokens, but every sequence has the id
     ``begin`` in front unless that is None. Each is scored on its own, from its second token on.
@@ -28,12 +29,13 @@ class Protocol:
     sequence_length: int
     tokens: int
     begin: int | None = None
+    read_as: dict[str, Any] | None = None
 
     @classmethod
-    def of_file(cls, text: str | Path, sequences: Tensor, part: str, begin: int | None = None) -> Protocol:
-        """The protocol of int64 ``sequences`` [N, T], taken from ``text``, that begin with the id ``begin`` if any."""
-        sha256, (_, length) = sha256_of(Path(text)), sequences.shape
-        return cls(str(Path(text).resolve()), sha256, part, length, sequences.numel(), begin)
+    def of_reading(cls, reading: Reading, sequences: Tensor, part: str) -> Protocol:
+        """The protocol of ``sequences`` [N, T] taken from those of ``reading``."""
+        count, length = sequences.numel(), sequences.shape[1]
+        return cls(reading.name, reading.sha256, part, length, count, reading.begin, reading.read_as)
 
     @classmethod
     def of_run(cls, run: Run, sequences: Tensor) -> Protocol:
@@ -43,7 +45,8 @@ class Protocol:
         sha256, (_, length) = run.manifest["texts"][name], sequences.shape
         begins = family_of(read_config(run.model_path).model_type).begins
         begin = int(sequences[0, 0]) if begins else None
-        return cls(run.manifest["files"][name], sha256, part, length, sequences.numel(), begin)
+        read_as = run.manifest.get("read_as", {}).get(name)
+        return cls(run.manifest["files"][name], sha256, part, length, sequences.numel(), begin, read_as)
 
     @property
     def beginning(self) -> str:
@@ -51,7 +54,8 @@ class Protocol:
         return "" if self.begin is None else f", each behind the begin token ({self.begin})"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without "read_as" for plain text."""
+        return {name: value for name, value in asdict(self).items() if name != "read_as" or value is not None}
 
     def __str__(self) -> str:
         size = f"{self.tokens:,} tokens in sequences of {self.sequence_length}{self.beginning}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -61,6 +62,19 @@ class Settings:
     def difference(self, other: Settings) -> str | None:
         """The name of the first setting in which the two differ, or None."""
         return next((f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
+
+
+def settings_of(settings: Settings | None, values: Mapping[str, Any]) -> Settings:
+    """``settings``, or the ones that ``values`` name. Raises ``InputError`` for both, and for names of no setting."""
+    names = [field.name for field in fields(Settings)]
+    for name, value in values.items():
+        if name not in names:
+            raise InputError(name, value, "is not an argument of a fit", f"Its settings are {', '.join(names)}")
+    if settings is not None and values:
+        problem = "is given by name, and settings= as well"
+        name, value = next(iter(values.items()))
+        raise InputError(name, value, problem, "Put it into settings=, or drop that")
+    return settings or Settings(**values)
 
 
 # Fewer rows than this leave some members of the predictor without a batch to learn from.

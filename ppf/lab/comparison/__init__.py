@@ -34,7 +34,7 @@ _QUESTION = "question.json"
 
 def compare(
     session: Session,
-    text: str | Path,
+    text: Any,
     output: str | Path,
     methods: Sequence[Method],
     ratios: Sequence[float],
@@ -53,10 +53,11 @@ def compare(
     run, output = session.run, Path(output)
     for ratio in ratios:
         check_ratio(ratio, run.grid)
-    sequences = Reader.of(run.model_path, run.settings.sequence_length).sequences(text)
-    sequences = take_tokens(sequences, tokens)
-    part = "all of it" if tokens is None else "evenly spaced sequences"
-    protocol = Protocol.of_file(text, sequences, part)
+    length = run.settings.sequence_length
+    most = None if tokens is None else max(1, tokens // length)
+    reading = Reader.of(run.model_path, length).read(text, most=most)
+    sequences = take_tokens(reading.sequences, tokens).long()
+    protocol = Protocol.of_reading(reading, sequences, reading.part(tokens is None))
     _require_other_text(run, protocol)
     methods, left_out = suited(methods, family_of(read_config(run.model_path).model_type), session.permuted.resident)
     _ask(output, {"run": _identity(run), "protocol": protocol.to_dict(), "seed": seed})

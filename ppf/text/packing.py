@@ -1,17 +1,14 @@
-"""Text to token sequences: reading, packing, and the disjoint parts that calibration and evaluation use."""
+"""Tokens to sequences, and the disjoint parts of them that calibration and evaluation use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .families import Family
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,45 +19,8 @@ class Splits:
     evaluation: Tensor
 
 
-def read_tokens(path: str | Path, tokenizer: Any, vocabulary: int | None = None) -> Tensor:
-    """Tokens of a UTF-8 text file as int64 [n], without special tokens.
-
-    Raises ``InputError`` for a missing, unreadable, non-UTF-8 or empty file, and for a token that a model with so large
-    a ``vocabulary`` does not have: tokenizers may know more than their model.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise InputError("text", path, f"cannot be read ({reason})", "Give a UTF-8 text file") from None
-    if not text.strip():
-        raise InputError("text", path, "is empty", "Give a text with at least one sequence of tokens")
-    # verbose=False: the tokenizer warns about texts longer than the model's context, which are cut into sequences below
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = torch.tensor(ids, dtype=torch.int64)
-    if vocabulary is not None and len(tokens) and (highest := int(tokens.max())) >= vocabulary:
-        token = f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r})"
-        problem = f"yields {token}, and the model's vocabulary ends at {vocabulary - 1}"
-        raise InputError("text", path, problem, "Use the tokenizer that the model was trained with, or another text")
-    return tokens
-
-
-def begin_token(family: Family, tokenizer: Any) -> int | None:
-    """The id that must stand in front of every sequence, None if ``family`` does not need one.
-
-    Raises ``InputError`` if the tokenizer has none for a family whose models have never seen a sequence without it.
-    """
-    if not family.begins:
-        return None
-    token = tokenizer.bos_token_id
-    if token is None:
-        problem = f"has no begin token, without which models of the family {family.model_type} compute nothing sensible"
-        raise InputError("tokenizer", type(tokenizer).__name__, problem, "Use the tokenizer that the model came with")
-    return token
-
-
 def pack(tokens: Tensor, length: int, field: str = "text", begin: int | None = None) -> Tensor:
-    """Consecutive sequences int64 [N, length] of tokens [n]; the incomplete tail is dropped.
+    """Consecutive sequences [N, length] of integer tokens [n]; the incomplete tail is dropped.
 
     ``begin`` is put in front of every sequence, which then has one token less of the text.
     """

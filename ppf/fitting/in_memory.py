@@ -1,0 +1,57 @@
+"""A model in memory becomes part of its run: RUN/model, so that the run can be used when the model is gone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import checkpoint, ranks
+from ..errors import InputError
+from ..files import check_output, temporary_sibling
+from .run.directory import MANIFEST, MODEL
+
+
+@contextmanager
+def placed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> Iterator[Path]:
+    """A folder with ``model`` and ``tokenizer``, RUN/model of the run ``output`` unless that has begun already: then a
+    copy beside it that is there to be compared, and goes.
+
+    Nothing is left of it if the fit is refused. Raises ``InputError`` without a tokenizer, and if ``output`` is neither
+    new nor a run. Of several processes the first one writes.
+    """
+    if tokenizer is None:
+        problem = "is missing: a model in memory has none, and texts and results need one"
+        raise InputError("tokenizer", None, problem, "Give tokenizer=AutoTokenizer.from_pretrained(...)")
+    made = Path(ranks.from_first(lambda: str(_write(model, tokenizer, output))))
+    try:
+        yield made
+    finally:
+        if ranks.first():  # not together: it may be only this one that failed
+            _clear(made, output)
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> Path:
+    begun, home = (output / MANIFEST).exists(), output / MODEL
+    if not begun and not home.exists():
+        check_output(output)
+        checkpoint.save_model(model, tokenizer, home)
+        return home
+    copy = temporary_sibling(output)
+    checkpoint.save_model(model, tokenizer, copy)
+    if begun or checkpoint.fingerprint(home) != checkpoint.fingerprint(copy):
+        return copy
+    shutil.rmtree(copy)  # a fit of this model was killed before it had begun
+    return home
+
+
+def _clear(made: Path, output: Path) -> None:
+    if made != output / MODEL:
+        shutil.rmtree(made, ignore_errors=True)
+    elif not (output / MANIFEST).exists():
+        shutil.rmtree(made, ignore_errors=True)
+        with suppress(OSError):  # not empty: somebody else's
+            output.rmdir()
