@@ -21,7 +21,7 @@ LLAMA_OPTIONS := -DGGML_CCACHE=OFF -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_O
 	$(foreach part,EXAMPLES TOOLS TESTS SERVER,-DLLAMA_BUILD_$(part)=OFF)
 test-export: $(STAMP)
 	CMAKE_ARGS="$(LLAMA_OPTIONS)" $(BIN)/python -m pip install --quiet --editable '.[export-test]'
-	$(BIN)/python -m pytest tests/test_export_llamacpp.py tests/test_export_lm_eval.py
+	$(BIN)/python -m pytest tests/test_export_llamacpp.py tests/test_export_lm_eval.py tests/test_tasks.py
 
 # Results in the real vLLM, on a CPU. An environment of its own, 3.5 GB: vLLM pins what it stands on. What it brings for
 # pictures and sound belongs to another torch.

@@ -226,7 +226,7 @@ def test_deci_refuses_what_is_not_a_plain_llama(family, kind, changes, problem, 
     ("family", "kind", "open_to"),
     [
         ("llama", even, {"hf", "gguf", "vllm"}),
-        ("qwen2", uneven, {"hf", "gguf"}),
+        ("qwen2", uneven, {"hf", "gguf", "vllm"}),
         ("gemma3_text", even, {"hf", "gguf", "vllm"}),
         ("gemma3_text", uneven, {"hf"}),
         ("olmo2", uneven, {"hf"}),
