@@ -66,6 +66,9 @@ class Repeated:
     def release(self, index: int, copied: torch.cuda.Event | None) -> None:
         """Nothing to do: the blocks stay."""
 
+    def apart(self) -> Repeated:
+        return self
+
 
 class Watched:
     """The most memory of the GPU in use while the block runs, in bytes, beyond what was before CUDA started here."""

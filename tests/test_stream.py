@@ -62,6 +62,18 @@ def test_any_order_gives_the_right_layer(source):
     assert same(stream[1], known[1])
 
 
+def test_two_streams_of_one_source_do_not_meet():
+    """One of a base and a mapped stream reads while the other does: each through blocks of its own."""
+    generator = torch.Generator().manual_seed(1)
+    known = [{"a": torch.randn(400, 500 + index, generator=generator)} for index in range(6)]
+    base = Stream(Staged(6, known.__getitem__, False), CPU)
+    other = base.map(lambda index, layer: dict(layer))
+    for _ in range(20):
+        for index in range(6):
+            assert torch.equal(base[index]["a"], known[index]["a"])
+            assert torch.equal(other[(index + 3) % 6]["a"], known[(index + 3) % 6]["a"])
+
+
 def test_what_was_handed_out_stays_what_it_was():
     known = layers()
     stream = Stream(Staged(4, known.__getitem__, False), CPU)

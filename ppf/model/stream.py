@@ -92,6 +92,10 @@ class Host:
     def release(self, index: int, copied: torch.cuda.Event | None) -> None:
         """Nothing to do: the block stays."""
 
+    def apart(self) -> Host:
+        """The same layers for another stream: nothing here is ever written again."""
+        return self
+
     @staticmethod
     def _hold(layer: Layer, pinned: bool) -> tuple[Packing, Tensor]:
         packing = Packing.of(layer)
@@ -122,6 +126,10 @@ class Staged:
             self._blocks[turn] = make(packing.nbytes)
         packing.pack(layer, self._blocks[turn])
         return packing, self._blocks[turn][: packing.nbytes]
+
+    def apart(self) -> Staged:
+        """The same layers for another stream, which reads with a thread of its own, through blocks of its own."""
+        return Staged(self._count, self._read, self._pinned)
 
     def release(self, index: int, copied: torch.cuda.Event | None) -> None:
         """The block handed out last is free once ``copied`` has happened."""
@@ -160,7 +168,7 @@ class Stream(Sequence[Layer]):
 
     def map(self, change: Change) -> Stream:
         """The same layers, each after ``change(index, layer)``."""
-        return Stream(self._source, self.device, (*self._changes, change))
+        return Stream(self._source.apart(), self.device, (*self._changes, change))
 
     def close(self) -> None:
         """Let go of the layer at hand and of the one on its way."""
