@@ -22,11 +22,11 @@ from .generate import generate
 from .info import info
 from .pareto import pareto
 from .policy import policy
+from .processes import join, leave
 from .profile import profile
 from .prune import prune
 from .recover import recover
 from .report import report
-from .together import join, leave
 
 _show_others = warnings.showwarning
 

@@ -45,7 +45,7 @@ def compare(
     timings: Timings = False,
 ) -> None:
     """Perplexity of PPF's and other methods' policies on a text that none of them was chosen on."""
-    from ..fitting.evaluation.together import led
+    from ..fitting.evaluation.shared import led
     from ..lab.comparison import compare as compare_methods
     from ..lab.comparison import parse_methods
     from ..text import Text

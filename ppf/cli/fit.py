@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,16 +89,16 @@ def fit(
             return
         prices = portable_prices(Session(run, device, placement=place), progress) if portable else []
     facts = run_facts(run) | ({"portable": prices} if portable else {})
+    following = f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT"
+    show(as_json, facts, _told(facts, output, prices), following, timings=timings)
+
+
+def _told(facts: dict[str, Any], output: Path, prices: list[dict[str, Any]]) -> str:
+    """What there is now, and of a portable run what that costs."""
     shown = {"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}
     for price in prices:
         shown[f"portable at {price['ratio']:.1%}"] = (
             f"perplexity {price['perplexity']:.2f}; without the restriction {price['unrestricted']:.2f} or less "
             f"({price['evaluations']} evaluations): it costs at least {price['cost']:+.1%}"
         )
-    show(
-        as_json,
-        facts,
-        lines(shown),
-        f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT",
-        timings=timings,
-    )
+    return lines(shown)

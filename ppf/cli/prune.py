@@ -64,7 +64,7 @@ def prune(
     from ..deliver.api import decide
     from ..deliver.request import Request
     from ..deliver.results import check_destination, check_tasks, deliver
-    from ..fitting.evaluation.together import led
+    from ..fitting.evaluation.shared import led
     from ..fitting.run import Run
     from ..fitting.session import Session
 

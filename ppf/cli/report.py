@@ -28,7 +28,7 @@ def report(
     timings: Timings = False,
 ) -> None:
     """Measure policies the run has not seen, and score its predictor on them within each ratio. Resumes when killed."""
-    from ..fitting.evaluation.together import led
+    from ..fitting.evaluation.shared import led
     from ..fitting.run import Run
     from ..fitting.session import Session
     from ..lab.report import report as report_card

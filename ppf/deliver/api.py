@@ -22,7 +22,7 @@ from .. import checkpoint, ranks
 from ..errors import InputError
 from ..fitting import run as fitted
 from ..fitting import stages
-from ..fitting.evaluation.together import led
+from ..fitting.evaluation.shared import led
 from ..fitting.perplexity import require_sequences
 from ..fitting.reader import Reader
 from ..fitting.run import Answer

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..families.traits import activation, unserved
+from ..families.traits import activation
 from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..text import batches
 from .members import PreparedLayer, norm_weight, prepared, told
-from .ops import dispatch
 from .ops.members import ACTIVATIONS
 from .outputs import Outputs
 from .plan import executed, order, shared
+from .serving import foreign_arithmetic, foreign_device
 
 SERVES = frozenset({
     "activation", "head norm", "length-dependent rotation", "one-plus norm", "sandwich norms", "scaled embedding",
@@ -45,37 +45,18 @@ def unserved_by(decoder: Decoder) -> str | None:
     """Why this path cannot run the model, as the end of a sentence; None if it can."""
     if not decoder.resident:
         return "its layers stream"
-    reasons = (foreign(decoder) for foreign in (_foreign_arithmetic, _foreign_sizes, _foreign_device))
-    return next((reason for reason in reasons if reason), None)
-
-
-def _foreign_arithmetic(decoder: Decoder) -> str | None:
-    if reason := unserved(decoder.traits, SERVES):
-        return reason
-    if (name := activation(decoder.config)) not in ACTIVATIONS:
-        return f"its activation is {name}, not one of {', '.join(ACTIVATIONS)}"
-    if set(decoder.family.attention.head_norms) not in (set(), {"query", "key"}):
-        return "it normalises other heads than those of queries and keys"
-    # Masks are read to find windows, and the other ways of computing attention are not given any.
-    if decoder.frame.attention not in ("sdpa", "eager"):
-        return f"its attention is computed by {decoder.frame.attention}, whose windows show in no mask"
-    return None
+    return (
+        foreign_arithmetic(decoder, SERVES, ACTIVATIONS)
+        or _foreign_sizes(decoder)
+        or foreign_device(decoder, _SHARED_BYTES)
+    )
 
 
 def _foreign_sizes(decoder: Decoder) -> str | None:
     s = decoder.structure
     if s.hidden not in (64, 128, 256) or s.head_dim not in (16, 32, 64, 128):
         return f"its hidden size is {s.hidden} and its head size {s.head_dim}, not powers of two up to 256 and 128"
-    if any(sublayer.step != 1 for sublayer in s.attention):
-        return "its kv-groups do not go one by one"
     return None
-
-
-def _foreign_device(decoder: Decoder) -> str | None:
-    if decoder.device.type != "cuda" or not dispatch.kernels_apply(decoder.frame.head):
-        return "it is not on a GPU in 16 bits, with Triton"
-    memory = torch.cuda.get_device_properties(decoder.device).shared_memory_per_block_optin
-    return f"the GPU has {memory // 1024} KB of shared memory a program" if memory < _SHARED_BYTES else None
 
 
 @dataclass(frozen=True)

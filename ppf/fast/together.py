@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..families import KINDS
-from ..families.traits import activation, unserved
+from ..families.traits import activation
 from ..model.decoder import Decoder
 from ..model.grid import Grid
 from .members import PreparedLayer, Told, norm_weight, prepared, told
 from .ops import dispatch
 from .ops.grouped import ACTIVATIONS, STEP
 from .outputs import Outputs
+from .serving import foreign_arithmetic, foreign_device
 
 SERVES = frozenset({
     "activation", "head norm", "length-dependent rotation", "logit transform", "one-plus norm", "residual scale",
@@ -45,21 +46,12 @@ def unserved_by(decoder: Decoder) -> str | None:
     """Why this path cannot run the model, as the end of a sentence; None if it can."""
     if not decoder.resident:
         return "its layers stream"
-    reasons = (foreign(decoder) for foreign in (_foreign_arithmetic, _foreign_sizes, _foreign_device))
-    return next((reason for reason in reasons if reason), None)
-
-
-def _foreign_arithmetic(decoder: Decoder) -> str | None:
-    if reason := unserved(decoder.traits, SERVES):
-        return reason
-    if (name := activation(decoder.config)) not in ACTIVATIONS:
-        return f"its activation is {name}, not one of {', '.join(ACTIVATIONS)}"
-    if set(decoder.family.attention.head_norms) not in (set(), {"query", "key"}):
-        return "it normalises other heads than those of queries and keys"
-    # Masks are read to find windows, and the other ways of computing attention are not given any.
-    if decoder.frame.attention not in ("sdpa", "eager"):
-        return f"its attention is computed by {decoder.frame.attention}, whose windows show in no mask"
-    return None
+    return (
+        foreign_arithmetic(decoder, SERVES, ACTIVATIONS)
+        or _foreign_sizes(decoder)
+        or foreign_device(decoder, _SHARED_BYTES)
+        or _foreign_copies(decoder)
+    )
 
 
 def _foreign_sizes(decoder: Decoder) -> str | None:
@@ -69,19 +61,13 @@ def _foreign_sizes(decoder: Decoder) -> str | None:
     # The copy engine wants rows of whole 16 bytes.
     if s.hidden % 8 or any(sublayer.width % 8 for sublayer in s.sublayers):
         return "its hidden size or a width of its FFNs is not a multiple of 8"
-    if any(sublayer.step != 1 for sublayer in s.attention):
-        return "its kv-groups do not go one by one"
     return None
 
 
-def _foreign_device(decoder: Decoder) -> str | None:
-    head = decoder.frame.head
-    if decoder.device.type != "cuda" or not dispatch.kernels_apply(head):
-        return "it is not on a GPU in 16 bits, with Triton"
-    if not dispatch.copy_engine(head):
+def _foreign_copies(decoder: Decoder) -> str | None:
+    if not dispatch.copy_engine(decoder.frame.head):
         return "the GPU has no copy engine (that of Hopper), or it cannot address the head"
-    memory = torch.cuda.get_device_properties(decoder.device).shared_memory_per_block_optin
-    return f"the GPU has {memory // 1024} KB of shared memory a program" if memory < _SHARED_BYTES else None
+    return None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..model.precision import compute_dtype
 from ..model.stream import Host, Placement, Staged, Stream
 from ..timings import timed
 from .evaluation import Evaluator
-from .evaluation.together import evaluator_class
+from .evaluation.shared import evaluator_class
 from .factors import STORED
 from .library import Library, library_bytes
 from .materialize import materialize, pruned_tensors
@@ -90,7 +90,7 @@ class Session:
     ) -> Evaluator:
         """Masked evaluation of the run's model on its evaluation text (or on ``sequences`` int64 [N, T]).
 
-        While this session is :func:`ppf.fitting.evaluation.together.led`, all processes of the job share its work.
+        While this session is :func:`ppf.fitting.evaluation.shared.led`, all processes of the job share its work.
         """
         made_by = evaluator_class(self, dtype, refit, sequences)
         dtype = dtype or compute_dtype(self.permuted.dtype, self.device)

@@ -28,7 +28,7 @@ from ..text import Splits, check_context
 from ..timings import seconds, since, timed
 from .calibration import LayerStatistics, calibrate
 from .collection import collect
-from .evaluation.together import led
+from .evaluation.shared import led
 from .factors import factorise_layer, save_factors
 from .in_memory import placed
 from .learning import Learning, learn

@@ -8,8 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...fast import batched
-from ...fast import together as grouped  # this package has a module of that name
+from ...fast import batched, together
 from ...fast.batched import Batched
 from ...fast.layer_major import LayerMajor, Stepper
 from ...fast.losses import logits
@@ -103,6 +102,6 @@ class Evaluator:
     def _stepper(self) -> Stepper:
         """Many policies a launch where one alone leaves a GPU idle, else one after the other through cuBLAS."""
         small = self.decoder.structure.hidden <= _LARGEST_TOGETHER
-        if self.decoder.resident and small and grouped.unserved_by(self.decoder) is None:
+        if self.decoder.resident and small and together.unserved_by(self.decoder) is None:
             return Together(self.decoder, self.grid, self.library)
         return OneByOne(self.decoder, self.grid, self.library)
