@@ -37,16 +37,6 @@ def write_atomically(path: str | Path, writer: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json_of(field: str, path: str | Path, remedy: str) -> Any:
-    """What a user's JSON file holds. Raises ``InputError`` about ``field`` if it cannot be read or is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(field, path, f"cannot be read ({error.strerror})", remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(field, path, f"is not JSON ({error})", remedy) from None
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

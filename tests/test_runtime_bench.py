@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cli_cases import answer, ppf, refusal
@@ -14,12 +16,13 @@ from ppf.fast.runtime.benchmark import Ceilings
 from ppf.fast.runtime.plan import plan_of
 from ppf.model.policy import Policy
 
-SHORT = ["--prompt", 4, "--new-tokens", 3, "--prefill", 8]
+# Enough new tokens that a machine with other work does not take longer for the first than for all of them.
+SHORT = ["--prompt", 4, "--new-tokens", 24, "--prefill", 8]
 ON_CPU = ["--device", "cpu"]
 
 
 def test_a_checkpoint(one_thread, monkeypatch):
-    monkeypatch.setattr(benchmark, "_WARM_UP", dict.fromkeys(benchmark.RUNNERS, 0))
+    monkeypatch.setattr(benchmark, "_WARM_UP", dict.fromkeys(benchmark.RUNNERS, 1))
     data = answer("bench", TINY, *SHORT, "--batches", "1,2", *ON_CPU)
     measured = [(r["phase"], r["runner"], r["batch"]) for r in data["rows"]]
     assert measured == [(p, r, b) for b in (1, 2) for r in ("ppf", "eager") for p in ("prefill", "decode")]
@@ -27,6 +30,13 @@ def test_a_checkpoint(one_thread, monkeypatch):
         assert row["milliseconds"] > 0 and row["tokens_per_second"] > 0 and row["ratio"] == 0
         assert row["share_of_limit"] == pytest.approx(row["limit_milliseconds"] / row["milliseconds"])
     assert data["device"].startswith("CPU") and data["versions"] == versions()
+
+
+def test_steps_lost_in_other_work(monkeypatch, one_thread):
+    """A negative time of a step is no measurement."""
+    times = itertools.count(1)  # each call takes longer than the one before: the first token than all of them
+    monkeypatch.setattr(benchmark, "_median", lambda call, device, repeats: next(times))
+    refusal("bench", TINY, *SHORT, "--runners", "ppf", *ON_CPU, field="new-tokens", value=24)
 
 
 def test_a_run_at_several_sizes(tiny_run, tmp_path, one_thread):

@@ -16,7 +16,7 @@ from ..checkpoint.checks import REPORT
 from ..checkpoint.headers import read_json
 from ..choose.budget import Budget, RatioBudget
 from ..errors import InputError
-from ..files import check_output, read_json_of
+from ..files import check_output
 from ..fitting.experience import Experience
 from ..fitting.perplexity import computing, log_perplexity_of
 from ..fitting.run import Protocol, Run
@@ -27,6 +27,7 @@ from ..model.build import expected_tensors, pruned_config, skeleton
 from ..model.decoder import Decoder
 from ..model.policy import Policy
 from ..progress import Progress, silent
+from ..schemas import read_as
 from .request import answer
 
 
@@ -93,7 +94,7 @@ def read_policy(path: str | Path) -> Policy:
 
     Raises ``InputError`` for anything else.
     """
-    data = read_json_of("policy", path, "Give a JSON file with a policy, or a ppf.json")
+    data = read_as(Any, "policy", path, "Give a JSON file with a policy, or a ppf.json")
     if isinstance(data, dict) and "policy" in data:
         data = data["policy"]
     try:

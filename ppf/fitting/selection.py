@@ -17,12 +17,12 @@ from torch import Tensor
 from ..errors import InputError
 from ..families import KINDS
 from ..fast.permute import permuted
-from ..files import read_json_of
 from ..model.decoder import Decoder
 from ..model.grid import Grid
 from ..model.layer import LayerRanking
 from ..model.policy import Policy
 from ..model.structure import Structure
+from ..schemas import read_as
 from .evaluation import Evaluator
 
 FORMAT = 1
@@ -67,7 +67,7 @@ class Selection:
     @classmethod
     def read(cls, path: str | Path) -> Selection:
         """The selection in a JSON file. Raises ``InputError`` for anything else."""
-        return cls.from_dict(read_json_of("selection", path, _REMEDY))
+        return cls.from_dict(read_as(Any, "selection", path, _REMEDY))
 
     def check(self, structure: Structure) -> None:
         """Raise ``InputError`` unless a model of ``structure`` can keep these units."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from ...errors import InputError
 from .generation import generate
 from .plan import Plan, plan_of
 
@@ -28,6 +29,7 @@ RUNNERS = "ppf", "eager", "compiled"
 _WARM_UP = {"ppf": 2, "eager": 1, "compiled": 2}
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _PRODUCT = {"cuda": 8192, "cpu": 1024}
+_TOO_BUSY = "took no longer than the first alone: the time of a step is lost in that of other work"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ def decode_row(
     ratio: float,
     repeats: int = 3,
 ) -> Row:
-    """Greedy generation of ``new_tokens`` >= 2; a step's time is what a long call takes more than one of one token."""
+    """Greedy generation of ``new_tokens`` >= 2; a step's time is what a long call takes more than one of one token.
+
+    Raises ``InputError`` if that is nothing: other work on the machine then took longer than all the steps.
+    """
     plan, ids = plan_of(model), _prompts(model, batch, prompt)
     call = _caller(model, runner, ids)
     for _ in range(_WARM_UP[runner]):
@@ -88,6 +93,8 @@ def decode_row(
     whole = _median(lambda: call(new_tokens), model.device, repeats)
     call(1)
     first = _median(lambda: call(1), model.device, repeats)
+    if whole <= first:
+        raise InputError("new-tokens", new_tokens, _TOO_BUSY, "Use more of them, or measure on a quiet machine")
     step = (whole - first) / (new_tokens - 1)
     read = plan.read_bytes() + _cache_bytes(plan, batch, prompt + new_tokens // 2)
     limit = read / ceilings.bytes_per_second
