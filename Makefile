@@ -9,12 +9,16 @@ NATIVE := $(wildcard csrc/* cmake/*)
 # Threads that spin while they wait halve the speed of a machine that has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-export test-serve lint docs wheel clean
+.PHONY: demo test campaign test-export test-serve lint docs wheel clean
 demo: $(STAMP)
 	$(BIN)/ppf demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Strangers' files, kills, races, full disks: all that docs/reliability.md promises, within an hour on two cores.
+campaign: $(STAMP)
+	$(BIN)/python -m tests.campaign --page
 
 # Exports in the programs they are for. Compiles llama.cpp without its tools: some minutes on two cores, once.
 LLAMA_OPTIONS := -DGGML_CCACHE=OFF -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF \
@@ -29,7 +33,7 @@ SERVE := .venv-serve
 test-serve: $(SERVE)/.ppf-installed
 	$(SERVE)/bin/pytest tests/test_serve_vllm.py
 
-$(SERVE)/.ppf-installed: pyproject.toml CMakeLists.txt $(NATIVE) $(wildcard ppf/deliver/export/*.py)
+$(SERVE)/.ppf-installed: pyproject.toml CMakeLists.txt $(NATIVE) $(shell find ppf kernels ppf_autoload -name "*.py")
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet "$(TORCH)"
 	PPF_CUDA=OFF $(SERVE)/bin/python -m pip install --quiet '.[serve-test]'

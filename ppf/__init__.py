@@ -87,7 +87,7 @@ _HOMES = {
     "save": "checkpoint",
 }
 
-ppf_autoload.register()
+ppf_autoload.announce()
 
 
 def __getattr__(name: str) -> Any:

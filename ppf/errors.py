@@ -28,7 +28,21 @@ class InputError(PPFError, ValueError):
 def shown(value: object, longest: int = _LONGEST) -> str:
     """``value`` as one line fit for a terminal: at most ``longest`` characters, with those that no terminal prints
     (control codes, lone surrogates, marks that turn the direction of text) as escapes."""
-    text = str(value)
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits, lists in lists in lists
+        text = f"(a {type(value).__name__} that is too large to show)"
     if len(text) > longest:
         text = f"{text[: longest - 2 - longest // 4]} … {text[len(text) - longest // 4 + 1 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(map(_visible, text))
+
+
+def printable(text: str) -> str:
+    """``text`` of any length with its lines and tabs, and all else that no terminal prints as escapes."""
+    return "".join(c if c in "\n\t" else _visible(c) for c in text)
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,20 +16,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import InputError
+from .leftovers import remove, temporary_sibling
+from .locks import locked_result, only_locks
+from .swapping import exchange
 from .timings import timed
+
+_RUST = re.compile(r"os error (\d+)")
+# What numpy says of a file that took less than it was to hold.
+_SHORT = re.compile(r"\d+ requested and \d+ written")
 
 
 def write_atomically(path: str | Path, writer: Callable[[Path], None]) -> None:
     """Let ``writer`` write the file at the temporary path it is given, then rename that to ``path``.
 
-    ``path`` holds its old content or the complete new one, whatever happens (error, Ctrl-C, kill); its folder must
-    exist. Raises ``InputError`` when the disk is full; other errors of ``writer`` pass through.
+    ``path`` holds its old content or the complete new one, whatever happens (error, Ctrl-C, kill), with the permissions
+    that the umask gives; its folder must exist. Raises ``InputError`` when the disk is full; other errors of ``writer``
+    pass through.
     """
     path = Path(path)
     temporary = temporary_sibling(path)
     try:
-        with full_disk_named(path):
+        with write_errors_named(path):
+            temporary.touch(0o666)
+            mode = temporary.stat().st_mode & 0o666
             writer(temporary)
+            temporary.chmod(mode)  # safetensors writes files only their owner can read
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
@@ -39,7 +50,7 @@ def write_atomically(path: str | Path, writer: Callable[[Path], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
 @timed("writing")
@@ -60,28 +71,25 @@ def new_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it becomes ``path``, on any exception nothing is left of it.
 
     Missing parent folders are made. A ``path`` that exists and is not empty raises ``InputError``, unless ``force``:
-    then it is swapped out once the new folder is complete. Raises ``InputError`` when the disk is full.
+    then it changes places with the new folder once that is complete. So does one that another command is writing.
+    Raises ``InputError`` when the disk is full.
     """
     path = Path(os.path.realpath(path))
     check_output(path, force)
-    made = _make_parents(path.parent)
-    temporary = temporary_sibling(path)
-    done = False
-    try:
-        with full_disk_named(path):
-            temporary.mkdir()
-            yield temporary
-            for file in temporary.rglob("*"):
-                _share(file, temporary)
-                _flush(file)
-            _swap_in(temporary, path, force)
-        done = True
-    finally:
-        if not done:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for folder in made:
-                with suppress(OSError):  # somebody else uses it by now
-                    folder.rmdir()
+    with locked_result(path):
+        check_output(path, force)  # it may have been waited for
+        temporary = temporary_sibling(path)
+        try:
+            with write_errors_named(path):
+                temporary.mkdir()
+                yield temporary
+                for file in temporary.rglob("*"):
+                    _share(file, temporary)
+                    _flush(file)
+                _flush(temporary)
+                _swap_in(temporary, path, force)
+        finally:
+            remove(temporary)  # half filled, or what was replaced
 
 
 def check_output(path: str | Path, force: bool = False) -> None:
@@ -91,28 +99,59 @@ def check_output(path: str | Path, force: bool = False) -> None:
         _check_parent(path)
     elif not path.is_dir():
         raise InputError("output", path, "is a file", "Name a new folder")
-    elif any(path.iterdir()):
+    elif not only_locks(path):
         if not force:
             raise InputError("output", path, "exists and is not empty", "Name a new folder, or replace it with --force")
-        if any(place == path or path in place.parents for place in (Path.cwd(), Path.home())):
+        if any(place == path or path in place.parents for place in _own_folders()):
             raise InputError("output", path, "holds your working or home folder", "Name a folder inside it")
 
 
-def temporary_sibling(path: Path) -> Path:
-    """A name in ``path``'s folder, hence on the same file system, that nobody else uses."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def _own_folders() -> Iterator[Path]:
+    """The working folder and the user's home, as far as there are such."""
+    with suppress(OSError):
+        yield Path.cwd()
+    with suppress(RuntimeError):  # neither HOME nor an entry for this user
+        yield Path.home()
 
 
 @contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an ``InputError`` about ``path``; safetensors has an error class of its own for it."""
+def write_errors_named(path: Path) -> Iterator[None]:
+    """Turn what keeps ``path``, or what lies beside it, from being written into an ``InputError`` about it.
+
+    safetensors has an error class of its own, numpy one without number and name.
+    """
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"os error {errno.ENOSPC}" in str(error) or "No space left on device" in str(error):
+        number = _system_error(error)
+        if number is None or not _beside(path, getattr(error, "filename", None)):
+            raise
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(path) from error
-        raise
+        reason = os.strerror(number) if number else str(error)
+        remedy = "See to the folder or its disk, or write elsewhere"
+        raise InputError("output", path, f"cannot be written ({reason})", remedy) from error
+
+
+def _system_error(error: Exception) -> int | None:
+    """The number of what a system refused, 0 where the error does not tell, None for errors of another kind."""
+    said = str(error)
+    if isinstance(error, InputError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if found := _RUST.search(said):
+        return int(found[1])
+    if "No space left on device" in said or _SHORT.search(said):
+        return errno.ENOSPC
+    return 0 if isinstance(error, OSError) and type(error) is OSError and not error.args[1:] else None
+
+
+def _beside(path: Path, name: str | bytes | int | None) -> bool:
+    """Whether an error is about ``path``'s folder; one that names no file is."""
+    if not isinstance(name, str | bytes):
+        return True
+    return Path(os.path.realpath(path)).parent in Path(os.path.realpath(os.fsdecode(name))).parents
 
 
 def no_space(path: Path, needed: int | None = None, free: int | None = None) -> InputError:
@@ -141,19 +180,19 @@ def _check_parent(path: Path) -> None:
         raise InputError("output", path, f"{parent} is not writable", "Name a folder that you may write")
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Make ``folder``; return what had to be made, innermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
 def _swap_in(temporary: Path, path: Path, force: bool) -> None:
+    """Let ``temporary`` become ``path``; what that was is at ``temporary`` then, or gone."""
     if not force or not path.exists():
         # rename() replaces an empty folder, and refuses one that somebody has filled meanwhile.
         os.rename(temporary, path)
-        return
-    old = temporary_sibling(path)
+    elif not exchange(temporary, path):
+        _swap_in_two_steps(temporary, path)
+    _flush(path.parent)
+
+
+def _swap_in_two_steps(temporary: Path, path: Path) -> None:
+    """Between the steps nothing stands at ``path``: the next command that locks it brings back the old folder."""
+    old = temporary_sibling(path, "old")
     try:
         os.rename(path, old)
         os.rename(temporary, path)
@@ -161,7 +200,7 @@ def _swap_in(temporary: Path, path: Path, force: bool) -> None:
         if old.exists() and not path.exists():
             os.rename(old, path)
         raise
-    shutil.rmtree(old)
+    remove(old)
 
 
 def _share(path: Path, folder: Path) -> None:

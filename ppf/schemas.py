@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from .errors import InputError
 
 _Schema = TypeVar("_Schema")
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+"""A number of things."""
+Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""Neither NaN nor infinite."""
+Nonnegative = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
+"""The same, and not negative."""
 # More than any file of settings holds, and little enough to be read at once.
 _LARGEST_FILE = 1 << 28
 

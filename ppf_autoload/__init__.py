@@ -5,16 +5,17 @@ transformers has no plugins. PyTorch has: at the end of ``import torch`` it call
 table is made, and serves the module the table then asks for; PPF itself is imported when a result is opened, and not
 before. So ``lm_eval``, ``accelerate`` and others open PPF's results as they open any model.
 
-Only the standard library, and a package of its own: every process that imports torch runs this.
-``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns it off; ``import ppf`` then does the same.
+Every process that imports torch runs this. So it is a package of its own that imports next to nothing, and it cannot
+break anything: whatever goes wrong here, torch, transformers and all models that are not ours work as without us.
+``PPF_AUTOLOAD=0`` turns it off, as ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` does for everybody's entry points; ``import
+ppf`` then does the same.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from contextlib import suppress
 
 _TABLES = "transformers.models.auto.auto_mappings", "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models."
@@ -38,48 +39,67 @@ _RESULTS = {
 
 
 def register() -> None:
-    """Announce all results; a second call does nothing. Imports neither transformers nor PPF."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """What torch calls: :func:`announce`, unless it is turned off; never raises."""
+    with suppress(Exception):  # torch would not be imported; `import ppf` meets the same error and shows it
+        if os.environ.get("PPF_AUTOLOAD") != "0":
+            announce()
+
+
+def announce() -> None:
+    """Make all results known; a second call does nothing. Imports neither transformers nor PPF."""
+    if not any(type(finder) is _Finder for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in _TABLES:
         if name in sys.modules:
-            _announce(sys.modules[name])
+            _add_results(sys.modules[name])
 
 
 def add(model_type: str, config: str) -> None:
-    """Announce results of one more model type, whose configuration class is named ``config``."""
+    """Make results of one more model type known, whose configuration class is named ``config``."""
     if _RESULTS.get(model_type) != config:
         _RESULTS[model_type] = config
-        register()
+        announce()
 
 
-def _announce(module: ModuleType) -> None:
-    # A later transformers may keep its table elsewhere: then a test of ours fails.
-    names = getattr(module, "CONFIG_MAPPING_NAMES", None)
-    if names is not None:
+def _add_results(module) -> None:
+    # A later transformers may keep its table elsewhere: then a test of ours fails, and nothing of theirs.
+    names = vars(module).get("CONFIG_MAPPING_NAMES") if module is not None else None
+    if hasattr(names, "setdefault"):
         for model_type, config in _RESULTS.items():
             names.setdefault(model_type, config)
 
 
-class _Finder(MetaPathFinder):
-    """Finds the modules of results, and waits for the table."""
+class _Finder:
+    """Finds the modules of results, and waits for the table. It is asked about every import of a process."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname.startswith(_MODELS) and fullname.removeprefix(_MODELS) in _RESULTS:
-            return ModuleSpec(fullname, _Module(fullname.removeprefix(_MODELS)))
-        if fullname == _TABLES[0]:
-            spec = PathFinder.find_spec(fullname, path)
+        if not fullname.startswith(_MODELS):
+            return None
+        from importlib.machinery import ModuleSpec
+
+        if fullname[len(_MODELS) :] in _RESULTS:
+            return ModuleSpec(fullname, _Module(fullname[len(_MODELS) :]))
+        return self._table(fullname, path, target) if fullname == _TABLES[0] else None
+
+    def _table(self, fullname, path, target):
+        """As the others find it, with a loader that adds to it."""
+        for finder in list(sys.meta_path):
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
-                spec.loader = _Table(spec.loader)
-            return spec
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Table(spec.loader)
+                return spec
         return None
 
 
-class _Table(Loader):
+class _Table:
     """Loads the table as ever, then adds to it."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader):
         self.loader = loader
+
+    def __getattr__(self, name):  # for those who ask for its source, say
+        return getattr(self.loader, name)
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
@@ -87,13 +107,14 @@ class _Table(Loader):
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _announce(module)
+        with suppress(Exception):  # a table of another kind: transformers works, and does not know our results
+            _add_results(module)
 
 
-class _Module(Loader):
+class _Module:
     """The module that transformers imports for a result: PPF's classes, registered by being made."""
 
-    def __init__(self, model_type: str):
+    def __init__(self, model_type):
         self.model_type = model_type
 
     def create_module(self, spec):

@@ -18,6 +18,7 @@ from ppf.choose.candidates.breeding import Effort
 from ppf.families import family_of
 from ppf.fitting import calibration, collection, stages
 from ppf.fitting.experience import Evaluation
+from ppf.fitting.run.manifest import read_manifest, write_manifest
 from ppf.model.build import build, expected_tensors
 from ppf.model.classes import stock_classes
 from ppf.model.decoder import Decoder
@@ -155,6 +156,11 @@ def write_text(path: Path, words: int = 900, seed: int = 0) -> Path:
     draw, vocabulary = random.Random(seed), ["the", "river", "ran", "past", "old", "stone", "walls", "at", "dawn"]
     path.write_text(" ".join(draw.choice(vocabulary) for _ in range(words)))
     return path
+
+
+def rewrite_manifest(run: Path, **changes) -> None:
+    """Change what a run says of itself, checksum included: as if the fit had said so."""
+    write_manifest(run, read_manifest(run) | changes)
 
 
 def quick_learning(patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from ppf.families import KINDS, Family, families, family_of
 from ppf.fast.permute import identity
@@ -77,9 +78,15 @@ def greedy(model, ids: torch.Tensor, **options) -> torch.Tensor:
     return model.generate(ids, attention_mask=mask, **(how | options))[:, ids.shape[1] :]
 
 
-@torch.no_grad()
 def logits(model, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids).logits
+    return outputs(model, ids).logits
+
+
+@torch.no_grad()
+def outputs(model, ids: torch.Tensor):
+    """What the model gives with its weights where torch would have put them: a product's last bit may depend on how its
+    operands are aligned, and those of a mapped file lie anyhow."""
+    return functional_call(model, {name: p.clone() for name, p in model.named_parameters()}, (ids,))
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -98,7 +98,9 @@ def test_what_is_pruned_is_saved_with_all_that_belongs_to_it(run, tmp_path, reco
     assert tokenizer("The city").input_ids == small.tokenizer("The city").input_ids
     assert model.generation_config.to_diff_dict() == mine.generation_config.to_diff_dict()
     assert str(round(report["measured"]["perplexity"], 2)) in messages(records)[-1]
-    refused("output", lambda: small.save_pretrained(tmp_path / "out"))
+    with pytest.warns(UserWarning, match="out holds exactly this already: nothing was written"):
+        assert small.save_pretrained(tmp_path / "out")["measured"] == report["measured"]
+    refused("output", lambda: run.prune(ratio=0.3, device="cpu").save_pretrained(tmp_path / "out"))
     assert small.save_pretrained(tmp_path / "out", force=True)["measured"] == report["measured"]
 
 
@@ -203,6 +205,61 @@ def test_policies_are_evaluated_on_other_texts(run, tiny_run, tmp_path):
     assert without["log_perplexity"] == pytest.approx(plain["log_perplexity"], abs=1e-4) and without != own
     refused("text", lambda: run.evaluate(policy, torch.zeros(3), device="cpu"))
     refused("text", lambda: run.evaluate(policy, tmp_path / "none.txt", device="cpu"))
+
+
+def test_a_model_in_memory_is_evaluated_like_its_folder(run, tiny_run, tmp_path):
+    """On a text in every form that a fit takes."""
+    model, tokenizer = checkpoint.load(tiny_run / "model", "cpu"), checkpoint.load_tokenizer(tiny_run / "model")
+    prose = (tiny_run / "text.txt").read_text()[:4000]
+    (tmp_path / "a.txt").write_text(prose)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": prose}) + "\n")
+    ids = torch.tensor(tokenizer(prose, add_special_tokens=False)["input_ids"])
+    sequences = ids[: len(ids) // 32 * 32].view(-1, 32)
+    forms = {
+        "path": tmp_path / "a.txt",
+        "dataset": ppf.Text(tmp_path / "a.jsonl", field="body"),
+        "strings": [prose],
+        "ids": ids,
+        "ids of documents": [ids[:100].tolist(), ids[100:].tolist()],
+        "sequences": sequences,
+        "short integers": sequences.int(),
+    }
+    found = {}
+    for name, text in forms.items():
+        there, mine = (
+            ppf.evaluate(given, text, sequence_length=32, **more)
+            for given, more in ((tiny_run / "model", {"device": "cpu"}), (model, {"tokenizer": tokenizer}))
+        )
+        assert mine["log_perplexity"] == there["log_perplexity"] and mine["protocol"] == there["protocol"], name
+        found[name] = mine
+    assert len({round(of["log_perplexity"], 4) for of in found.values()}) == 1
+    assert found["sequences"]["protocol"] == found["short integers"]["protocol"]
+    assert found["sequences"]["protocol"]["text"] == "Python Tensor" and found["path"]["from"] == {"kind": "memory"}
+    assert ppf.evaluate(model, sequences)["log_perplexity"] == found["sequences"]["log_perplexity"]
+    policy = run.grid.dense()
+    assert run.evaluate(policy, ids, device="cpu") == run.evaluate(policy, sequences.int(), device="cpu")
+
+
+def test_what_a_model_in_memory_cannot_be_asked(tiny_run):
+    folder, model = tiny_run / "model", checkpoint.load(tiny_run / "model", "cpu")
+    refused("tokenizer", lambda: ppf.evaluate(model, tiny_run / "text.txt"))
+    refused("tokenizer", lambda: ppf.evaluate(model, ["Some words."]))
+    tokenizer = checkpoint.load_tokenizer(folder)
+    refused("tokenizer", lambda: ppf.evaluate(folder, tiny_run / "text.txt", tokenizer=tokenizer, device="cpu"))
+    beyond = refused("text", lambda: ppf.evaluate(model, torch.full((2, 8), model.config.vocab_size)))
+    assert f"token {model.config.vocab_size}" in beyond and "vocabulary" in beyond
+
+
+def test_evaluating_leaves_a_model_in_training_as_it_was(run):
+    model = run.session("cpu").materialize(run.grid.dense())
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    ids, before = run.sequences()[:2], ppf.evaluate(model, run.sequences()[:2])["log_perplexity"]
+    model.train()
+    model.model.norm.eval()
+    assert ppf.evaluate(model, ids)["log_perplexity"] == before
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
 
 
 def test_weights_are_read_once_and_let_go(run):

@@ -27,7 +27,8 @@ from ppf.choose.budget.profile import require_equal_layers, save_profile
 from ppf.choose.budget.projection import Projector
 from ppf.cli.prune import budget_line
 from ppf.deliver.request import Request, answer
-from ppf.errors import InputError
+from ppf.deliver.results import choose_for, deliver
+from ppf.errors import InputError, PPFError
 from ppf.fast.permute import identity
 from ppf.fast.timing import Workload
 from ppf.fitting.materialize import materialize
@@ -56,7 +57,7 @@ def session(tiny_run, tmp_path_factory):
     run = Run(folder / "run")
     prefill = uneven_profile(run.grid)
     decode = Profile(Workload("decode", 4, 64), 0.5, prefill.attention, prefill.ffn)
-    save_profile(run.path / PROFILE, {"device": "somewhere"}, [prefill, decode])
+    save_profile(run.files, {"device": "somewhere"}, [prefill, decode])
     return Session(run, "cpu")
 
 
@@ -206,6 +207,16 @@ def test_memory_can_be_searched(tiny_run, session, tmp_path):
     assert ppf.load(tmp_path / "out").num_parameters() == report["parameters"]["pruned"]
 
 
+def test_a_result_over_its_limit_is_not_delivered(run, session, tmp_path, monkeypatch):
+    """Whatever goes wrong: what is counted in the result decides, and nothing is left of it."""
+    asked = 0.7 * dense_bytes(session) / 1e9
+    choice = choose_for(session, Request(memory_gb=asked).budget(run))
+    monkeypatch.setattr(MemoryBudget, "delivered", lambda self, model: asked * (1 + 1e-9))
+    with pytest.raises(PPFError, match="more than"):
+        deliver(session, choice, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_had_is_refused_with_the_range(session, run, tmp_path):
     for kind in ("memory-gb", "flops", "latency-ms"):
         for value in (1e-12, 1e15, -1):
@@ -226,9 +237,14 @@ def test_latency_needs_a_readable_profile(tiny_run, run, tmp_path):
     assert "ppf profile" in refusal("policy", tiny_run / "run", "--latency-ms", 3, field="latency-ms")
     shutil.copytree(run.path, tmp_path / "run")
     other = Grid(llama_structure(4, 48, 3, 2, 8, 64), 16)
-    for text in ("{", json.dumps({"profiles": {"prefill": uneven_profile(other).to_dict()}})):
-        (tmp_path / "run" / PROFILE).write_text(text)
-        refusal("policy", tmp_path / "run", "--latency-ms", 3, field="latency-ms")
+    Run(tmp_path / "run").files.write_json(PROFILE, {"profiles": {"prefill": uneven_profile(other).to_dict()}})
+    assert "another grid" in refusal("policy", tmp_path / "run", "--latency-ms", 3, field="latency-ms")
+    for profiles in ({}, {"prefill": uneven_profile(run.grid).to_dict() | {"constant": "0.1"}}):
+        Run(tmp_path / "run").files.write_json(PROFILE, {"profiles": profiles})
+        refusal("policy", tmp_path / "run", "--latency-ms", 3, field="run" if profiles else "latency-ms")
+    (tmp_path / "run" / PROFILE).write_text("{")
+    message = refusal("policy", tmp_path / "run", "--latency-ms", 3, field="run", value=PROFILE)
+    assert "damaged" in message and "ppf profile" in message
 
 
 def test_a_table_without_freedom_is_no_budget():

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import answer, interrupted, ppf, refusal
-from factories import quick_learning, write_checkpoint, write_text
+from factories import quick_learning, rewrite_manifest, write_checkpoint, write_text
 from rich.control import strip_control_codes
 from safetensors.torch import load_file, save_file
 
 from ppf import checkpoint, files
 from ppf.checkpoint import hashes, writing
-from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run
 from ppf.fitting.session import Session
 from ppf.model.policy import Policy
@@ -57,7 +56,7 @@ def fit_arguments(model: Path, text: Path, output: Path) -> list:
 
 
 def rows(run: Path) -> list:
-    return [replace(row, seconds=0.0) for row in Experience(run / "experience.sqlite").rows()]
+    return [replace(row, seconds=0.0) for row in Run(run).experience.rows()]
 
 
 # What commands answer
@@ -400,8 +399,7 @@ def test_a_run_of_another_question(run, tiny_run, tmp_path):
 
 def test_a_run_whose_model_changed(tmp_path, tiny_run):
     folder = Path(shutil.copytree(tiny_run, tmp_path / "moved"))
-    manifest = json.loads((folder / "run" / "run.json").read_text())
-    (folder / "run" / "run.json").write_text(json.dumps(manifest | {"model": str(folder / "model")}))
+    rewrite_manifest(folder / "run", model=str(folder / "model"))
     flip(folder / "model" / "model.safetensors", -1000)
     out = tmp_path / "out"
     message = refusal("prune", folder / "run", "--ratio", 0.3, "--output", out, field="model", value=folder / "model")

@@ -97,15 +97,30 @@ def test_page_and_json_are_written(compared, folder):
 def test_finished_cells_are_kept_and_others_may_be_added(compared, folder):
     out = folder / "again"
     shutil.copytree(folder / "out", out)
-    kept = out / "cells" / "uniform-0-0.2.json"
-    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 123.0}))
     (out / "cells" / "flap-0-0.2.json").unlink()
     arguments = "--ratios", "0.2,0.3", "--methods", "uniform,flap,owl", "--device", "cpu", "--output", out
     data = answer("compare", folder / "run", "--text", folder / "report.txt", *arguments)
     found = cells(data)
-    assert found["uniform", 0.2]["seconds"] == 123.0
+    assert found["uniform", 0.2] == cells(compared)["uniform", 0.2]  # its seconds too: it was not computed again
     assert found["flap", 0.2]["policy"] == cells(compared)["flap", 0.2]["policy"]
     assert {("owl", 0.2), ("owl", 0.3), ("uniform", 0.3)} <= set(found)
+
+
+def test_damaged_files_are_named(compared, folder):
+    """A flipped bit in the question, an emptied cell, and one under another's name."""
+    out = folder / "damaged"
+    shutil.copytree(folder / "out", out)
+    question, cell, other = out / "question.json", *sorted((out / "cells").glob("uniform-0-*.json"))
+    at = question.read_bytes().index(b'"seed"') + 8
+    flipped = bytearray(question.read_bytes())
+    flipped[at] ^= 1
+    given = "compare", folder / "run", "--text", folder / "report.txt", "--ratios", "0.2,0.5", "--methods", "uniform"
+    for file, damaged in ((question, bytes(flipped)), (cell, b""), (cell, other.read_bytes())):
+        content = file.read_bytes()
+        file.write_bytes(damaged)
+        result = ppf(*given, "--device", "cpu", "--output", out)
+        assert result.exit_code == 2 and f"{file}: " in result.stderr, result.stderr
+        file.write_bytes(content)
 
 
 def test_another_question_in_the_same_folder_is_refused(compared, folder, tmp_path):
@@ -115,6 +130,20 @@ def test_another_question_in_the_same_folder_is_refused(compared, folder, tmp_pa
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     refusal(*given, "--text", tmp_path / "other.txt", "--output", tmp_path / "full", field="output")
+
+
+def test_two_ratios_are_two_cells_whatever_their_digits(folder, tmp_path):
+    """Ratios that six digits do not tell apart, a method of two numbers of evaluations, and one ratio asked twice."""
+    ratios, methods = "0.3,0.30000001,0.3", "uniform,uniform-split:2,uniform-split:3"
+    given = "compare", folder / "run", "--text", folder / "report.txt", "--device", "cpu", "--output", tmp_path / "o"
+    data = answer(*given, "--ratios", ratios, "--methods", methods)
+    assert [(c["label"], c["requested_ratio"]) for c in data["cells"]] == [
+        (label, ratio) for label in ("uniform", "uniform-split 2", "uniform-split 3") for ratio in (0.3, 0.30000001)
+    ]
+    files = {path.name for path in (tmp_path / "o" / "cells").glob("*.json")}
+    assert {"uniform-0-0.3.json", "uniform-0-0.30000001.json"} < files and len(files) == 6
+    headers, rows = table_of(data)
+    assert headers[1:3] == ["30%", "30.000001%"] and len(rows) == 3
 
 
 def test_a_text_that_policies_were_chosen_on_is_refused(tiny_run, tmp_path):

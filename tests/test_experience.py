@@ -140,7 +140,7 @@ def test_a_file_damaged_in_the_middle_is_refused_when_read(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="unable to open"):
+    with pytest.raises(InputError, match="cannot be written .No such file or directory"):
         Experience(tmp_path / "nowhere" / "experience.sqlite")
 
 

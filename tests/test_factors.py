@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from factories import dense_weights, random_ranking, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ppf.errors import PPFError
 from ppf.families import KINDS
@@ -17,7 +17,6 @@ from ppf.fitting.factors import (
     Factors,
     factorise,
     factorise_layer,
-    save_factors,
     solve,
     stored_dtype,
     tensors_of,
@@ -268,7 +267,7 @@ def test_layers_are_refitted_on_their_grid(family, heads, tmp_path):
     assert found["attention"].boundaries == tuple(attention.columns * units for units in levels)
     assert found["ffn"].boundaries == (0, 16, 32, 48, 64) and list(found) == list(KINDS)
     assert all((part.error.diff() < 0).all() for part in found.values())
-    save_factors(tmp_path / "layer.safetensors", found)
+    save_file(tensors_of(found), tmp_path / "layer.safetensors")
     again, tensors = load_file(tmp_path / "layer.safetensors"), tensors_of(found)
     assert set(again) == {f"{kind}.{name}" for kind in KINDS for name in STORED}
     assert all(torch.equal(again[name], tensors[name]) and again[name].dtype == tensors[name].dtype for name in again)

@@ -66,7 +66,8 @@ def test_forced_folder_is_replaced_through_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
-def test_old_folder_comes_back_if_the_swap_fails(tmp_path, monkeypatch):
+def test_old_folder_comes_back_if_a_swap_in_two_steps_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
     rename = os.rename

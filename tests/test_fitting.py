@@ -15,12 +15,13 @@ import ppf
 from ppf.errors import InputError
 from ppf.fitting import stages
 from ppf.fitting.evaluation import Evaluator
-from ppf.fitting.experience import Experience
+from ppf.fitting.rounds import ROUNDS
 from ppf.fitting.run import Run, Settings
-from ppf.fitting.run.directory import MANIFEST, ROUNDS
+from ppf.fitting.run.manifest import MANIFEST
 from ppf.fitting.session import Session
 from ppf.model.build import policy_of, pruned_config
 from ppf.model.policy import Policy
+from ppf.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)  # as tiny_run
@@ -49,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rows(folder: Path) -> list:
-    return [replace(row, seconds=0.0) for row in Experience(folder / "experience.sqlite").rows()]
+    return [replace(row, seconds=0.0) for row in Run(folder).experience.rows()]
 
 
 def test_what_a_fit_leaves(tiny_run):
@@ -106,9 +107,9 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tiny_run, tmp_path,
         patch.setattr(module, name, wrapped)
         return patch
 
-    deaths = [(stages, "write_json", 0), (stages, "save_factors", 0), (stages, "factorise_layer", 2)]
+    deaths = [(stages, "write_manifest", 0), (Sealed, "write_safetensors", 2), (stages, "factorise_layer", 2)]
     deaths += [(Evaluator, "log_perplexities", draw.randrange(1, 4)) for _ in range(3)]
-    deaths += [(stages, "write_safetensors", 0), (stages, "write_json", 0)]
+    deaths += [(Sealed, "write_safetensors", 0), (stages, "write_manifest", 0)]
     for index, (module, name, at) in enumerate(deaths):
         patch = dying(module, name, at)
         with pytest.raises(Killed):

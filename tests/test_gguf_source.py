@@ -213,9 +213,9 @@ def test_a_file_that_is_not_such_a_model_is_refused(tmp_path, cache, tiny, chang
 def test_files_that_cannot_be_read_are_refused(tmp_path, tiny, monkeypatch):
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(tiny.read_bytes()[:-100_000])
-    assert "damaged.gguf: cannot be read" in refusal(local_folder, damaged)
+    assert "damaged.gguf: is cut off" in refusal(local_folder, damaged)
     damaged.write_bytes(b"something else")
-    assert "cannot be read" in refusal(local_folder, damaged)
+    assert "does not begin as GGUF files do" in refusal(local_folder, damaged)
     assert "no such file" in ppf("info", tmp_path / "none.gguf").stderr
     monkeypatch.setitem(sys.modules, "gguf", None)
     damaged.write_bytes(tiny.read_bytes() + b" ")

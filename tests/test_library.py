@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from factories import config_of, dense_weights, llama, random_ranking, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from structures import llama_structure
 
 from ppf.errors import InputError
 from ppf.families import KINDS
 from ppf.fast.permute import permuted
 from ppf.fitting.calibration import calibrate
-from ppf.fitting.factors import Factors, boundaries_of, factorise_layer, save_factors, tensors_of, widths_of
+from ppf.fitting.factors import Factors, boundaries_of, factorise_layer, tensors_of, widths_of
 from ppf.fitting.library import Library, library_bytes
 from ppf.model.build import pruned_config
 from ppf.model.decoder import Decoder
@@ -161,7 +161,7 @@ def test_library_bytes_are_those_on_disk(tmp_path, case):
     for tensors in case.factors:
         parts = {kind: Factors(tensors[f"{kind}.regression"], tuple(tensors[f"{kind}.boundaries"].tolist()),
                                tensors[f"{kind}.error"]) for kind in KINDS}  # fmt: skip
-        save_factors(tmp_path / "layer", parts)
+        save_file(tensors_of(parts), tmp_path / "layer")
         written += sum(tensor.nbytes for tensor in load_file(tmp_path / "layer").values())
     assert library_bytes(case.grid) == written
 

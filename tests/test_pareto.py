@@ -7,7 +7,7 @@ import shutil
 import pytest
 from cli_cases import answer, ppf, refusal
 
-from ppf.choose.budget import PROFILE, Profile
+from ppf.choose.budget import Profile
 from ppf.choose.budget.profile import save_profile
 from ppf.fast.timing import Workload
 from ppf.fitting.experience import Evaluation
@@ -51,7 +51,7 @@ def test_a_profile_adds_latencies(tiny_run, tmp_path):
     grid = Run(tmp_path / "run").grid
     attention, ffn = tuple(range(grid.maximum[0] + 1)), tuple(0.5 * n for n in range(grid.maximum[-1] + 1))
     profiles = [Profile(Workload(phase, 1, 8), 2.0, attention, ffn) for phase in ("prefill", "decode")]
-    save_profile(tmp_path / "run" / PROFILE, {}, profiles)
+    save_profile(Run(tmp_path / "run").files, {}, profiles)
     data = answer("pareto", tmp_path / "run")
     assert list(data["axes"]) == ["weights", "prompt_pass", "decode_step"]
     point = data["predicted"][0]

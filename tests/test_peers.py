@@ -10,7 +10,8 @@ import torch
 from factories import config_of, llama, model_of, synthetic_log_perplexity, tokens
 from structures import llama_structure
 
-from ppf.choose.budget import RatioBudget
+from ppf.choose.budget import FlopsBudget, MemoryBudget, RatioBudget
+from ppf.choose.budget.costs import token_flops, weight_bytes
 from ppf.errors import InputError
 from ppf.families import KINDS
 from ppf.fitting.calibration import calibrate
@@ -99,6 +100,20 @@ def test_on_the_budget_within_the_evaluations_and_the_same_again(name, source):
         assert gap(grid, policy, ratio) <= min(cost for cost in grid.step_cost if cost) / 2
         assert found.meter.spent <= given + 1e-9 and (found.meter.spent > 0) == (given > 0)
         assert allocated(name, statistics(source, given), ratio) == policy
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_limits_are_kept_and_used(name):
+    """Of bytes, and of operations with contexts so long that no FFN makes up for attention: there as nearly as others
+    come."""
+    found, given = statistics("irregular"), GIVEN.get(name, 0)
+    grid, even = found.grid, torch.full((found.grid.structure.layers,), 0.6)
+    flops = token_flops(grid, 1 << 17, 258)
+    memory = MemoryBudget(grid, 0.6 * weight_bytes(grid, 2, 0).range(grid)[1] / 1e9, weight_bytes(grid, 2, 0))
+    for budget in (memory, FlopsBudget(grid, 0.6 * flops.range(grid)[1], 1 << 17, 258)):
+        cost = budget.cost(PEERS[name].allocate(grid.structure, statistics("irregular", given), budget))
+        nearest = min(budget.target - budget.projector.cheapest + 1, budget.cost(budget.policy(even)))
+        assert nearest <= cost <= budget.target
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -172,8 +172,11 @@ def test_what_is_no_ratio_is_refused(ratio):
 def test_the_maximum_is_named_and_can_be_had():
     grid = Grid(llama_structure(4, 48, 3, 2, 8, 64), 8)
     check_ratio(grid.maximum_ratio, grid)
-    with pytest.raises(InputError, match=f"{grid.maximum_ratio:.4f}"):
+    with pytest.raises(InputError, match="The maximum for this model is") as caught:
         check_ratio(grid.maximum_ratio + 1e-6, grid)
+    named = float(caught.value.remedy.split()[6])
+    check_ratio(named, grid)
+    assert named == pytest.approx(grid.maximum_ratio, abs=1e-4)
     utility = random_utilities(grid, 1, "noise", torch.Generator().manual_seed(0))
     smallest = Projector(grid)(utility, torch.tensor([grid.maximum_ratio], dtype=torch.float64))
     assert smallest[0].tolist() == list(grid.minimum)

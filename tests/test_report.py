@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import answer, ppf
-from factories import synthetic_log_perplexity
+from factories import rewrite_manifest, synthetic_log_perplexity
 from structures import llama_structure
 
 from ppf.choose.candidates.sampling import random_levels, random_ratios
 from ppf.choose.predictor import make_predictor
 from ppf.errors import InputError
 from ppf.fitting.evaluation import Evaluator
-from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run
 from ppf.fitting.session import Session
 from ppf.lab.report import baselines, heldout, report
@@ -144,7 +143,7 @@ def card(tiny_run, tmp_path_factory) -> dict:
 
 
 def test_a_killed_report_resumes_and_a_second_one_measures_nothing(card):
-    rows = Experience(card["run"] / heldout.STORE).rows()
+    rows = Run(card["run"]).store(Path(card["run"]) / heldout.STORE).rows()
     assert card["measured"] == card["calls"] == len(rows) == len({row.policy for row in rows})
     for name in ("scores", "points", "sensitivity", "evaluations", "dense_log_perplexity"):
         assert card["first"][name] == card["second"][name]
@@ -198,7 +197,6 @@ def test_more_policies_than_there_are_is_refused(copied, monkeypatch):
 
 
 def test_an_unfinished_run_has_no_report(copied):
-    manifest = json.loads((copied / "run.json").read_text())
-    (copied / "run.json").write_text(json.dumps(manifest | {"state": "fitting"}))
+    rewrite_manifest(copied, state="fitting")
     with pytest.raises(InputError, match="not finished"):
         report(Session(Run(copied), "cpu"), held_out=20)

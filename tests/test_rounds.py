@@ -13,6 +13,7 @@ from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
 from ppf.fitting.rounds import Journal, Round
 from ppf.model.grid import Grid
+from ppf.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,11 +32,12 @@ def test_settled_needs_two_rounds_in_a_row():
 
 
 def test_kept_on_disk_in_order(tmp_path):
-    first = Journal(tmp_path / "rounds.json")
+    files = Sealed(tmp_path, "a run", "run", "Fit again")
+    first = Journal(files)
     for index in (2, 1):
         first.add(Round(index, 4, 0.1, 0.2))
-    assert Journal(tmp_path / "rounds.json").rounds == first.rounds
-    assert [row["index"] for row in json.loads((tmp_path / "rounds.json").read_text())] == [1, 2]
+    assert Journal(files).rounds == first.rounds
+    assert [row["index"] for row in json.loads((tmp_path / "rounds.json").read_text())["rounds"]] == [1, 2]
 
 
 @pytest.fixture

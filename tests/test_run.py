@@ -1,23 +1,24 @@
-"""A finished run: answers, evaluators, models, and what happens when one of its files is damaged."""
+"""A finished run: answers, evaluators, models, and manifests that are refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import llama, llama_config
-from safetensors.torch import load_file, save_file
+from factories import llama, llama_config, rewrite_manifest
 
 import ppf
 from ppf.errors import InputError
 from ppf.fitting.calibration import calibrate
 from ppf.fitting.ranking import rank_layer
 from ppf.fitting.run import Run
-from ppf.fitting.run.directory import MANIFEST, layer_file
+from ppf.fitting.run.manifest import MANIFEST, read_manifest, write_manifest
 from ppf.fitting.session import Session
 from ppf.model.policy import Policy
+from ppf.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,11 +37,6 @@ def session(run) -> Session:
 def copied(tiny_run, tmp_path) -> Path:
     """A copy of the run, which a test may damage."""
     return Path(shutil.copytree(tiny_run / "run", tmp_path / "run"))
-
-
-def rewrite(folder: Path, **changes) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
 
 
 def test_answers_meet_their_ratio(run):
@@ -65,7 +61,7 @@ def test_impossible_ratios_are_refused(run, ratio):
 
 
 def test_answers_need_no_weights(tiny_run, copied):
-    rewrite(copied, model=str(copied / "nowhere"))
+    rewrite_manifest(copied, model=str(copied / "nowhere"))
     run = Run(copied)
     assert run.policy(0.3).policy == Run(tiny_run / "run").policy(0.3).policy
     assert run.ranking and run.predict(run.grid.dense()) and run.sequences().numel()
@@ -74,7 +70,7 @@ def test_answers_need_no_weights(tiny_run, copied):
 
 
 def test_nothing_is_answered_before_completion(copied):
-    rewrite(copied, state="fitting")
+    rewrite_manifest(copied, state="fitting")
     run = Run(copied)
     for call in (lambda: run.policy(0.3), lambda: run.predict(run.grid.dense())):
         with pytest.raises(InputError, match="not finished.*goes on") as caught:
@@ -116,7 +112,7 @@ def test_materialised_saved_and_loaded_computes_what_was_evaluated(run, session,
 def test_results_generate_as_the_dense_model_was_set_to(tiny_run, copied, tmp_path):
     """The dense model's generation settings go along, or none if it has none."""
     model = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
-    rewrite(copied, model=str(model))
+    rewrite_manifest(copied, model=str(model))
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(settings | {"max_new_tokens": 17, "do_sample": True}))
     run = Run(copied)
@@ -141,7 +137,7 @@ def test_a_policy_off_the_grid_is_refused(run, session):
 
 def test_another_model_in_its_place_is_refused(tiny_run, copied, tmp_path):
     other = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
-    rewrite(copied, model=str(other))
+    rewrite_manifest(copied, model=str(other))
     assert Session(Run(copied), "cpu").decoder.structure == Run(copied).structure  # moved, but the same
     llama(llama_config(), seed=1).save_pretrained(other)
     with pytest.raises(InputError, match="is not the model") as caught:
@@ -159,75 +155,60 @@ def test_moments_and_ranking_are_those_of_the_calibration(run, session):
             assert torch.equal(run.ranking[index].of(kind), expected.of(kind))
 
 
-# What reads each file.
-READERS = {
-    "agent.safetensors": lambda run: run.policy(0.3),
-    "predictor.safetensors": lambda run: run.predict(run.grid.dense()),
-    "texts.safetensors": lambda run: run.sequences(),
-    str(layer_file("statistics", 2)): lambda run: run.ranking,
-    str(layer_file("library", 3)): lambda run: Session(run, "cpu").evaluator(),
-}
-
-
-@pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "other tensors"])
-def test_damaged_files_are_named(copied, name, damage):
-    file = copied / name
-    READERS[name](Run(copied))
-    if damage == "missing":
-        file.unlink()
-    elif damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-50])
-    elif damage == "garbage":
-        file.write_bytes(b"\xff" * 300)
-    else:
-        tensors = load_file(file)
-        tensors.pop(min(tensors))
-        save_file({**tensors, "unknown": torch.zeros(3)}, file)
-        if name.startswith("statistics"):  # only the ranking is read from there
-            save_file({"ranking.ffn": torch.arange(64)}, file)
-        if name.startswith("texts"):
-            save_file({"calibration": torch.zeros(2, 3)}, file)
-    with pytest.raises(InputError) as caught:
-        READERS[name](Run(copied))
-    assert caught.value.field == "run" and caught.value.value == file and "fit" in caught.value.remedy
-
-
-@pytest.mark.parametrize("name", ["agent.safetensors", "predictor.safetensors"])
-def test_networks_of_another_structure_are_refused(copied, name):
-    tensors = load_file(copied / name)
-    save_file(
-        {key: torch.cat((value, value)) if value.dim() else value for key, value in tensors.items()}, copied / name
-    )
-    with pytest.raises(InputError, match="size mismatch"):
-        READERS[name](Run(copied))
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is empty"),
+        ("{", "no checksum"),
+        ("[]", "no checksum"),
+        ("{}", "no checksum"),
+        ('{"fingerprint": "0", "state": "complete"}', "older PPF"),
+    ],
+)
+def test_unreadable_manifests_are_refused(copied, content, said):
+    (copied / MANIFEST).write_text(content)
+    with pytest.raises(InputError, match=said) as caught:
+        Run(copied)
+    assert caught.value.field == "run" and str(caught.value.value).startswith(str(copied))
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "3", "{}", '{"state": "complete"}', '{"settings": {"evaluations": 1}, "state": "complete"}'],
+    "field", ["format", "model", "fingerprint", "structure", "settings", "texts", "files", "state"]
 )
-def test_unreadable_manifests_are_refused(copied, content):
-    (copied / MANIFEST).write_text(content)
-    with pytest.raises(InputError, match=MANIFEST):
-        Run(copied)
-
-
-@pytest.mark.parametrize("field", ["model", "fingerprint", "structure", "settings", "texts", "state"])
-def test_manifests_without_a_field_are_refused(copied, field):
-    manifest = json.loads((copied / MANIFEST).read_text())
+def test_manifests_without_a_field_are_refused_by_its_name(copied, field):
+    manifest = read_manifest(copied)
     for broken in ({k: v for k, v in manifest.items() if k != field}, manifest | {field: 7}):
-        (copied / MANIFEST).write_text(json.dumps(broken))
-        with pytest.raises(InputError, match=MANIFEST):
+        Sealed(copied, "", "", "").write_json(MANIFEST, broken)
+        with pytest.raises(InputError, match=f"{MANIFEST}.*{field}"):
             Run(copied)
 
 
-def test_runs_of_the_first_edition_are_refused(copied):
-    """Their structure was one for all layers."""
-    old = {"layers": 4, "hidden": 48, "kv_groups": 3, "heads_per_group": 2, "head_dim": 8, "channels": 64}
-    rewrite(copied, structure=old)
-    with pytest.raises(InputError, match=MANIFEST):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": {"evaluations": 3}}, "evaluations = 3"),
+        ({"settings": {"speed": 3}}, "speed = 3"),
+        ({"settings": {"early_stop": 1}}, "early-stop = 1"),
+        ({"settings": {"ffn_multiple": 7}}, "ffn-multiple = 7"),
+        ({"settings": {"ranking": ["wanda-sp"]}}, "ranking = "),
+        ({"structure": {"hidden": 0}}, "structure.hidden"),
+        ({"structure": {"ffn": [[64, 144, 1, 1]] * 3}}, "number of layers"),
+        ({"structure": {"ffn": [[64, 144, 1, 3]] * 4}}, "structure.ffn"),
+        # One structure for all layers: the first edition's.
+        ({"structure": {"attention": 4}}, "structure.attention"),
+        ({"vocabulary": 0}, "vocabulary"),
+        ({"seconds": -1.0}, "seconds"),
+        ({"state": "done"}, "state"),
+    ],
+)
+def test_impossible_manifests_are_refused_by_field(copied, change, said):
+    manifest = read_manifest(copied)
+    for name, value in change.items():
+        manifest[name] = manifest[name] | value if isinstance(value, dict) else value
+    write_manifest(copied, manifest)
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
         Run(copied)
+    assert caught.value.field == "run" and caught.value.value == copied / MANIFEST
 
 
 def test_what_is_no_run(tmp_path):
@@ -235,10 +216,3 @@ def test_what_is_no_run(tmp_path):
         Run(tmp_path / "nowhere")
     with pytest.raises(InputError, match=MANIFEST):
         Run(tmp_path)
-
-
-def test_a_corrupt_experience_is_refused(copied):
-    (copied / "experience.sqlite").write_bytes(b"\x00garbage" * 1000)
-    with pytest.raises(InputError) as caught:
-        _ = Run(copied).experience
-    assert caught.value.field == "experience"

@@ -58,7 +58,7 @@ def test_it_is_the_model_with_the_other_units_zeroed(family):
     expected = model_log_perplexity(zeroed(model, selection), ids)
     assert found["log_perplexity"] == pytest.approx(expected, rel=1e-5) and abs(expected - whole) > 1e-3
     assert found["selection"]["policy"] == selection.policy.to_dict() and 0.2 < found["selection"]["ratio"] < 0.9
-    assert found["protocol"] is None and found["dtype"] == "float32"
+    assert found["protocol"]["tokens"] == ids.numel() and found["dtype"] == "float32"
 
 
 def test_of_a_model_whose_layers_differ():
@@ -146,7 +146,7 @@ def test_units_that_only_go_together_are_kept_together():
 
 def test_what_evaluate_cannot_read_is_refused(tmp_path):
     model = model_of("llama")
-    with pytest.raises(InputError, match="needs a tokenizer"):
+    with pytest.raises(InputError, match="this text needs"):
         package.evaluate(model, tmp_path / "text.txt")
     with pytest.raises(InputError, match="are not token sequences"):
         package.evaluate(model, torch.zeros(3))

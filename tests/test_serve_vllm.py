@@ -52,12 +52,14 @@ def expected(folder: Path) -> tuple[torch.Tensor, list[int]]:
     return scores, text[0, len(PROMPT) :].tolist()
 
 
-def served(folder: Path, *options: str) -> dict:
+def served(*folders: Path, options: tuple[str, ...] = ()) -> list[dict]:
+    """What one process of vLLM says about each of ``folders``."""
     script = Path(__file__).with_name("vllm_process.py")
-    command = [sys.executable, script, folder, json.dumps(PROMPT), str(NEW), *options]
+    command = [sys.executable, script, json.dumps(PROMPT), str(NEW), *options, *folders]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    # What ended the process ended it at the folder after those that it has told about.
+    return found + [{"failed": done.stderr[-3000:]}] * (len(folders) - len(found))
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +67,22 @@ def dense() -> torch.Tensor:
     return expected(TINY)[0]
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """Every kind of result, and what vLLM says about its export."""
+    folder = tmp_path_factory.mktemp("results")
+    sources = {name: make(folder / f"in-{index}") for index, (name, make) in enumerate(RESULTS.items())}
+    exports = [folder / f"out-{index}" for index in range(len(sources))]
+    for source, export in zip(sources.values(), exports, strict=True):
+        to_vllm(open_source(source), export)
+    return {name: (sources[name], found) for name, found in zip(sources, served(*exports), strict=True)}
+
+
 @pytest.mark.parametrize("name", RESULTS)
-def test_vllm_computes_what_transformers_does(name, tmp_path, dense):
-    folder = RESULTS[name](tmp_path / "in")
-    to_vllm(open_source(folder), tmp_path / "out")
-    found, (scores, text) = served(tmp_path / "out"), expected(folder)
+def test_vllm_computes_what_transformers_does(name, results, dense):
+    folder, found = results[name]
+    assert "failed" not in found, found["failed"]
+    scores, text = expected(folder)
     # vLLM's own Qwen2 was seen 2e-4 away; everything else within 1e-5.
     assert (torch.tensor(found["logprobs"]) - scores).abs().max() < (1e-3 if name == "qwen2, uniform" else 1e-4)
     assert found["continued"] == text
@@ -79,7 +92,8 @@ def test_vllm_computes_what_transformers_does(name, tmp_path, dense):
 
 def test_compiled(tmp_path):
     folder = prune_to(tmp_path / "in", POLICIES[0.3])
-    found, (scores, text) = served(folder, "--compiled"), expected(folder)
+    (found,), (scores, text) = served(folder, options=("--compiled",)), expected(folder)
+    assert "failed" not in found, found["failed"]
     assert (torch.tensor(found["logprobs"]) - scores).abs().max() < 1e-4 and found["continued"] == text
 
 

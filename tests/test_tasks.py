@@ -5,6 +5,7 @@ Needs lm_eval (``pip install 'ppf[eval]'``), which the extra ``dev`` brings.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,17 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import answer, ppf, refusal
-from factories import TINY
+from factories import TINY, write_text
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppf as package
 from ppf.checkpoint import load, load_tokenizer
+from ppf.cli.tasks import tasks_table
 from ppf.errors import PPFError
 from ppf.fitting.tasks import Tasks, harness
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'ppf[eval]'")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ALONE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 QUERIES = ("The city of", "In the year 1900 there", "He was born in", "Question: How many is 3 and 4?\nAnswer:")
 CHOICES = ([" the", " London", " a river, and"], [" was", " were many of them", " q"], [" 1890", " the"], [" 7", " 12"])
 
@@ -185,6 +189,22 @@ def test_prune_writes_what_eval_measures(quiz, tiny_run, tmp_path):
     assert re.search(r"quiz +acc +[01]\.", shown)
 
 
+def test_compare_judges_what_prune_writes(quiz, tiny_run, tmp_path):
+    """The same policy gives the same figures, whether its model is written or made in memory; limits are refused."""
+    judged = ("--tasks", "quiz", "--task-folder", quiz, "--device", "cpu")
+    report = write_text(tmp_path / "report.txt", words=300, seed=5)
+    compared = ("compare", tiny_run / "run", "--text", report, "--output", tmp_path / "out", "--ratios", 0.4)
+    data = answer(*compared, "--methods", "dynamic", *judged)
+    (cell,) = data["cells"]
+    pruned = answer("prune", tiny_run / "run", "--ratio", 0.4, "--output", tmp_path / "pruned", *judged)
+    assert cell["policy"] == pruned["policy"] and cell["tasks"] == pruned["tasks"]
+    assert data["dense_tasks"] == answer("eval", tiny_run / "model", *judged)["tasks"]
+    shown = ppf(*compared, "--methods", "dynamic", *judged).stdout
+    assert re.search(r"PPF dynamic +40% +[01]\.\d{3}", shown) and "quiz acc_norm" in shown
+    refusal(*compared, "--limit", 3, field="limit", value=3)
+    refusal(*compared, *judged, "--weights", "disk", field="tasks", value="quiz")
+
+
 def test_what_is_refused(quiz, tiny_run, tmp_path):
     model, text = tiny_run / "model", tiny_run / "text.txt"
     refusal("eval", model, field="text")
@@ -239,9 +259,16 @@ def test_files_without_items_of_a_known_form(tmp_path):
         Tasks.open("bytes", tmp_path)
 
 
-def test_loaded_models_and_selections_are_not_judged(quiz):
-    with pytest.raises(package.InputError, match="tokenizer"):
-        package.evaluate(load(TINY, "cpu"), tasks=Tasks.open("quiz", quiz))
+def test_a_model_in_memory_is_judged_with_its_tokenizer(quiz):
+    tasks, model = Tasks.open("quiz", quiz), load(TINY, "cpu", "float32")
+    with pytest.raises(package.InputError, match="tasks need"):
+        package.evaluate(model, tasks=tasks)
+    found = package.evaluate(model, tasks=tasks, tokenizer=load_tokenizer(TINY))
+    assert found["tasks"] == package.evaluate(TINY, tasks=tasks, device="cpu", dtype="float32")["tasks"]
+    assert found["from"] == {"kind": "memory"} and found["perplexity"] is None
+
+
+def test_selections_are_not_judged(quiz):
     kept = {"attention": [[0, 1]] * 8, "ffn": [list(range(384))] * 8}
     with pytest.raises(package.InputError, match="selection"):
         package.evaluate(TINY, tasks=Tasks.open("quiz", quiz), selection={"format": 1, "kept": kept})
@@ -265,9 +292,29 @@ def test_lm_eval_missing_or_too_old(quiz, monkeypatch):
     assert "lm_eval is not installed" in message and "pip install 'ppf[eval]'" in message
 
 
+def test_large_perplexities_are_shown_whole_in_a_narrow_terminal():
+    figures = {"perplexity": {"value": 3528.5812, "stderr": 4125.919}, "acc": {"value": 0.298, "stderr": None}}
+    judged = {"figures": figures, "items": 500, "few_shot": 0, "version": 1}
+    console = Console(width=80, file=io.StringIO())
+    console.print(tasks_table({"lambada_openai": judged}))
+    rows = [line.split() for line in console.file.getvalue().splitlines() if "lambada" in line]
+    assert rows == [
+        ["lambada_openai", "perplexity", "3,528.6", "4,125.9", "500", "0", "1"],
+        ["lambada_openai", "acc", "0.2980", "500", "0", "1"],
+    ]
+
+
+def test_nothing_but_the_commands_own_lines(quiz, tmp_path):
+    """In a folder that is no repository of git's, which lm_eval asks about it."""
+    command = [sys.executable, "-m", "ppf", "eval", str(TINY), "--tasks", "quiz", "--task-folder", str(quiz), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | ALONE, timeout=300)
+    assert done.returncode == 0 and json.loads(done.stdout)["tasks"]["quiz"]["items"] == 4
+    assert "git" not in done.stderr, done.stderr
+
+
 def test_a_task_whose_data_are_out_of_reach(tmp_path):
     """lm_eval's own task, in a process that is offline."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    offline = ALONE | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "ppf", "eval", str(TINY), "--tasks", "arc_easy"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=os.environ | offline, timeout=300)
     (line,) = done.stderr.splitlines()

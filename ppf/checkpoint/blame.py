@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import monotonic
+from time import process_time
 from typing import Any, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, shown
 
-# Seconds: a message that names the file only is better than one that takes long.
+# Seconds of work: a message that names the file only is better than one that takes long.
 _PATIENCE = 0.5
 CORRECT = "Correct the file, or get it again from the model's own source"
 
@@ -26,19 +26,13 @@ def attempt(file: Path, data: Fields, action: Callable[[Fields], Result]) -> Res
         said = shown(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         problem = f"transformers refuses it in {file} ({said})"
         # Nested values and names of things are more often at fault than what validators look at.
-        deadline = monotonic() + _PATIENCE
+        deadline = process_time() + _PATIENCE
         for field in sorted(data, key=lambda name: not isinstance(data[name], dict | list | str)):
-            if monotonic() > deadline:
+            if process_time() > deadline:
                 break
             if _works(action, {name: value for name, value in data.items() if name != field}):
-                raise InputError(field, shown(data[field]), problem, CORRECT) from error
+                raise InputError(field, data[field], problem, CORRECT) from error
         raise InputError("config", file, problem, CORRECT) from error
-
-
-def shown(value: Any, longest: int = 80) -> Any:
-    """``value``, or its beginning if it is too long for a message."""
-    text = str(value)
-    return value if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _works(action: Callable[[Fields], Any], data: Fields) -> bool:

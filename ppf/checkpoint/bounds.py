@@ -14,12 +14,14 @@ from typing import Any
 from ..errors import InputError
 from ..families import Family
 from ..model.build import LAYERS, TIED
-from .blame import CORRECT, shown
+from .blame import CORRECT
 from .headers import StoredTensor
 
 # How far back attention looks: transformers reads these of any configuration, and only at run time.
 _REACHES = "sliding_window", "attention_chunk_size"
-_DEEPEST = 16
+_DEEPEST, _MOST_VALUES = 16, 10_000
+# Eight times those of the deepest models; each takes a millisecond to look at.
+MOST_LAYERS = 1_000
 _TOO_LARGE, _LARGEST = 2**63, 2**31
 
 
@@ -42,14 +44,19 @@ class Held:
             raise InputError("checkpoint", folder, problem, "Name the folder of a language model")
         inside = {name: tensor for name, tensor in stored.items() if name.startswith(LAYERS)}
         layers = {name.removeprefix(LAYERS).split(".", 1)[0] for name in inside}
-        widest = max((size for tensor in inside.values() for size in tensor.shape), default=0)
+        # Of tensors that have numbers: an empty one may say anything about its other sizes.
+        widest = max((size for tensor in inside.values() if tensor.bytes for size in tensor.shape), default=0)
         return cls(*embedding.shape, len(layers), widest)
 
 
 def require_plain(file: Path, data: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` for numbers that are not finite or larger than any tensor's size, and for deep nesting."""
+    """Raise ``InputError`` for numbers that are not finite or larger than any tensor's size, for deep nesting, and for
+    more values than a configuration has: transformers copies and compares them again and again."""
+    values = 0
     for field, value in data.items():
-        _require_plain(file, field, value, 1)
+        values += _require_plain(file, field, value, 1)
+        if values > _MOST_VALUES:
+            raise InputError(field, value, f"is one too many: {file} has more than {_MOST_VALUES:,} values", CORRECT)
 
 
 def require_sizes(file: Path, data: Mapping[str, Any], family: Family, held: Held, ours: bool) -> None:
@@ -60,7 +67,7 @@ def require_sizes(file: Path, data: Mapping[str, Any], family: Family, held: Hel
     for field, size in (("vocab_size", held.rows), ("hidden_size", held.columns)):
         if field in data and _count(file, field, data[field]) != size:
             problem = f"contradicts the weights, whose embedding is {[held.rows, held.columns]}"
-            raise InputError(field, shown(data[field]), problem, CORRECT)
+            raise InputError(field, data[field], problem, CORRECT)
     if "num_hidden_layers" in data:
         _require_layers(file, data, held, ours)
     for field in family.width_fields:
@@ -85,7 +92,7 @@ def require_ids(file: Path, config: Any) -> None:
                 continue
             if type(token) is not int or not 0 <= token < config.vocab_size:
                 problem = f"is outside the vocabulary of {config.vocab_size} tokens ({file})"
-                raise InputError(field, shown(token), problem, "Set it to a token of the vocabulary, or to null")
+                raise InputError(field, token, problem, "Set it to a token of the vocabulary, or to null")
 
 
 def require_rotation(file: Path, config: Any) -> None:
@@ -95,19 +102,21 @@ def require_rotation(file: Path, config: Any) -> None:
         share = each.get("partial_rotary_factor", 1.0) if isinstance(each, dict) else 1.0
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             problem = f"{file} needs a number above 0 and up to 1 here"
-            raise InputError("partial_rotary_factor", shown(share), problem, CORRECT)
+            raise InputError("partial_rotary_factor", share, problem, CORRECT)
 
 
-def _require_plain(file: Path, field: str, value: Any, depth: int) -> None:
+def _require_plain(file: Path, field: str, value: Any, depth: int) -> int:
+    """How many values there are in ``value``."""
     if depth > _DEEPEST:
-        raise InputError(field, shown(value), f"is nested deeper than {_DEEPEST} levels in {file}", CORRECT)
+        raise InputError(field, value, f"is nested deeper than {_DEEPEST} levels in {file}", CORRECT)
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(field, value, f"{file} needs a finite number here", CORRECT)
     if isinstance(value, int) and abs(value) >= _TOO_LARGE:
-        raise InputError(field, shown(value), f"is larger than any size can be in {file}", CORRECT)
+        raise InputError(field, value, f"is larger than any size can be in {file}", CORRECT)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        _require_plain(file, f"{field}.{key}" if depth == 1 else field, inner, depth + 1)
+    return 1 + sum(
+        _require_plain(file, f"{field}.{key}" if depth == 1 else field, inner, depth + 1) for key, inner in items
+    )
 
 
 def _require_layers(file: Path, data: Mapping[str, Any], held: Held, ours: bool) -> None:
@@ -115,6 +124,9 @@ def _require_layers(file: Path, data: Mapping[str, Any], held: Held, ours: bool)
     # Layers of ours that have lost everything have no tensors, but an entry each.
     own = data.get("per_layer_config")
     without = len(own) if ours and isinstance(own, dict) else 0
+    if layers > MOST_LAYERS:
+        problem = f"is more than the {MOST_LAYERS:,} layers that PPF takes ({file})"
+        raise InputError("num_hidden_layers", layers, problem, "Name a language model")
     if not held.layers <= layers <= held.layers + without:
         problem = f"contradicts the weights, which hold {held.layers} layers ({file})"
         raise InputError("num_hidden_layers", layers, problem, CORRECT)
@@ -153,5 +165,5 @@ def _optional(family: Family, field: str) -> bool:
 
 def _count(file: Path, field: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise InputError(field, shown(value), f"{file} needs a whole number of at least 1 here", CORRECT)
+        raise InputError(field, value, f"{file} needs a whole number of at least 1 here", CORRECT)
     return value

@@ -17,7 +17,7 @@ from ..model.frame import Frame
 from ..model.geometry import structure_of
 from ..model.reference import Reference
 from ..timings import timed
-from .blame import CORRECT, attempt, shown
+from .blame import CORRECT, attempt
 from .contents import Contents, make_config, read_contents
 from .headers import READ, REPORT, StoredTensor
 from .sources import local_folder
@@ -45,7 +45,7 @@ def check_contents(folder: Path) -> Contents:
     _require_tensors(folder, expected, contents.stored)
     for name, buffer in buffers.items():
         if not torch.isfinite(buffer).all():
-            parameters = shown(contents.config.rope_parameters)
+            parameters = contents.config.rope_parameters
             raise InputError("rope_parameters", parameters, f"give NaN or Inf in {name} ({file})", CORRECT)
     return contents
 

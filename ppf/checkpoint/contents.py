@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..families import Family, family_of
 from ..model.build import TIED
 from ..model.classes import classes_of
 from ..model.tower import PREFIX, wrapper_model
-from .blame import attempt, shown
+from .blame import attempt
 from .bounds import Held, require_ids, require_plain, require_rotation, require_sizes
-from .headers import StoredTensor, read_headers, read_json, require_weights
+from .headers import SETTINGS_BYTES, StoredTensor, read_headers, read_json, require_weights
 from .weights import read_tensors
 from .wrapper import Wrapper, wrapper_of
 
@@ -63,7 +63,7 @@ def read_contents(folder: Path) -> Contents:
     """
     file = folder / "config.json"
     require_weights(folder)
-    data = read_json(file)
+    data = read_json(file, SETTINGS_BYTES)
     require_plain(file, data)
     if data.get("quantization_config"):
         raise _quantised(file, data["quantization_config"])
@@ -131,7 +131,7 @@ def _require_architecture(file: Path, data: Mapping[str, Any], wrapper: Wrapper 
     # Case aside: the first conversions of Llama wrote LLaMAForCausalLM.
     if names and not (isinstance(names, list) and [str(name).lower() for name in names] == [expected.lower()]):
         problem = f"{file} is not of the class that PPF prunes for {model_type}"
-        raise InputError("architectures", shown(names), problem, f"Supported: {expected}")
+        raise InputError("architectures", names, problem, f"Supported: {expected}")
 
 
 def _sort(
@@ -159,8 +159,9 @@ def _settle_head(folder: Path, config: PreTrainedConfig, stored: dict[str, Store
         del stored[head]
         return ()
     config.tie_word_embeddings = False
-    note = f"{folder}: config.json ties {head} to the embedding, but the weights hold another one; taken as not tied"
-    warnings.warn(note, stacklevel=4)
+    said = f"config.json ties {head} to the embedding, but the weights hold another one; taken as not tied"
+    note = f"{shown(folder)}: {said}"
+    warnings.warn(f"ppf: {note}", stacklevel=4)
     return (note,)
 
 

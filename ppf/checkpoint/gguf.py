@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..families import family_of
 from ..files import write_json
+from ..locks import locked_result, waiting
 from ..model.build import LAYERS, expected_tensors
 from ..timings import timed
 from .checks import check_checkpoint
+from .gguf_bounds import DAMAGED, Outline, outline
 from .gguf_header import REMEDY, ROPE_FACTORS, Header, config_of
 from .hashes import sha256_of
 from .headers import read_json
@@ -33,6 +35,7 @@ from .writing import save_plain
 _FORMAT = 1
 # Beside the weights: which file they came from, and its most common type if that is a quantised one.
 _NOTE = "gguf.json"
+_FLOAT32, _LARGEST_HEAD = 0, 65_536
 _EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -46,12 +49,14 @@ def convert(file: Path) -> tuple[Path, str]:
     """
     if not file.is_file():
         raise InputError("model", file, "no such file", "Name a .gguf file, or a folder with config.json")
+    config, names = _described(file)
     sha256 = sha256_of(file)
     folder = _cache() / "gguf" / f"{sha256}-{_FORMAT}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # processes of one job begin alike: one converts, the others wait
-        if not folder.is_dir():
-            _write(file, folder)
+    if not folder.is_dir():
+        # Processes of one job begin alike: one converts, the others wait.
+        with waiting(True), locked_result(folder, "XDG_CACHE_HOME"):
+            if not folder.is_dir():
+                _write(file, folder, config, names)
     if kind := read_json(folder / _NOTE)["quantised"]:
         told = f"{file.name} is quantised ({kind}): quality, dense and pruned, is that of the quantised model"
         warnings.warn(f"ppf: {told}", stacklevel=2)
@@ -59,9 +64,10 @@ def convert(file: Path) -> tuple[Path, str]:
 
 
 @timed("converting")
-def _write(file: Path, folder: Path) -> None:
-    reader = _open(file)
+def _write(file: Path, folder: Path, config: PreTrainedConfig, names: dict[str, str]) -> None:
     from gguf import dequantize
+
+    reader = _open(file)
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -74,11 +80,7 @@ def _write(file: Path, folder: Path) -> None:
             )
             raise InputError("GGUF file", file, problem, "Use another quantisation of the model") from None
 
-    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in stored.items()}
-    header = Header(file, {name: field.contents() for name, field in reader.fields.items()}, shapes)
-    config = config_of(header, read(ROPE_FACTORS) if ROPE_FACTORS in stored else None)
-    names = _names(header, config)
-    types = Counter(tensor.tensor_type.name for name, tensor in stored.items() if len(shapes[name]) > 1)
+    types = Counter(tensor.tensor_type.name for tensor in stored.values() if len(tensor.shape) > 1)
 
     def finish(made: Path) -> None:
         quantised = next((name for name, _ in types.most_common() if name not in _EXACT), None)
@@ -88,12 +90,36 @@ def _write(file: Path, folder: Path) -> None:
     save_plain(config, _tensors(config, names, read), _dtype(types), folder, _tokenizer(file, config), finish)
 
 
-def _open(file: Path) -> Any:
+def _described(file: Path) -> tuple[PreTrainedConfig, dict[str, str]]:
+    """The configuration that ``file`` tells, and transformers' name of every weight → the file's. Reads the metadata
+    only, before the gguf package believes them."""
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ModuleNotFoundError:
         remedy = "pip install 'ppf[gguf]', or pip install gguf"
         raise InputError("model", file, "is a GGUF file, which needs the gguf package", remedy) from None
+    found = outline(file)
+    header = Header(file, found.fields, found.shapes)
+    config = config_of(header, _rope_factors(file, found))
+    if (found.tokens or 0) > config.vocab_size:
+        problem = f"has {found.tokens:,} tokens and an embedding of {config.vocab_size:,}"
+        raise InputError("GGUF file", file, problem, DAMAGED)
+    return config, _names(header, config)
+
+
+def _rope_factors(file: Path, found: Outline) -> Tensor | None:
+    """What :data:`ROPE_FACTORS` holds, fp32 [head/2]."""
+    if ROPE_FACTORS not in found.shapes:
+        return None
+    (kind, start), shape = found.places[ROPE_FACTORS], found.shapes[ROPE_FACTORS]
+    if kind != _FLOAT32 or len(shape) != 1 or shape[0] > _LARGEST_HEAD:
+        raise InputError("GGUF file", file, f"has {ROPE_FACTORS} of type {kind} and shape {list(shape)}", REMEDY)
+    return torch.from_numpy(np.fromfile(file, "<f4", shape[0], offset=start))
+
+
+def _open(file: Path) -> Any:
+    from gguf import GGUFReader
+
     try:
         return GGUFReader(file)
     except Exception as error:  # it runs over the end of arrays, of enumerations and of the file
@@ -102,7 +128,11 @@ def _open(file: Path) -> Any:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppf"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppf"
+    except RuntimeError:  # neither HOME nor an entry for this user
+        problem = "is not set, and you have no home: there is no place to convert a GGUF file into"
+        raise InputError("XDG_CACHE_HOME", "(none)", problem, "Set it to a folder that you may write") from None
 
 
 def _dtype(types: Counter[str]) -> torch.dtype:

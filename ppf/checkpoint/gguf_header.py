@@ -6,6 +6,7 @@ is not known here is refused, never dropped: it might change what the model comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from ..families import family_of
 from ..model.build import expected_tensors
 from ..model.classes import stock_classes
 from .blame import attempt
+from .bounds import MOST_LAYERS
 
 ROPE_FACTORS = "rope_freqs.weight"
 REMEDY = "Use the model's safetensors: its folder, or its id on the hub"
@@ -40,6 +42,12 @@ _KNOWN = {
     *("rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.sliding_window"),
     *("attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping", "tensor_data_layout"),
 }
+_WORDS = "rope.scaling.type", "tensor_data_layout"
+_REAL = {
+    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+}
+_LARGEST = 2**31
 _MODEL_TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")} | {"gemma3": "gemma3_text"}
 # Every so many layers one looks at everything, where the file does not say.
 _PATTERN = {"gemma2": 2, "gemma3": 6}
@@ -85,6 +93,8 @@ def config_of(header: Header, rope_factors: Tensor | None) -> PreTrainedConfig:
         raise header.refuse("block_count", layers, f"the file has {len(header.shapes)} tensors in all")
     if "token_embd.weight" not in header.shapes:
         raise InputError("GGUF file", header.file, "lacks tensor token_embd.weight", "Get a complete file")
+    if (layers := stated["num_hidden_layers"]) > MOST_LAYERS:
+        raise header.refuse("block_count", layers, f"is more than the {MOST_LAYERS:,} layers that PPF takes")
     heads, hidden = stated["num_attention_heads"], stated["hidden_size"]
     size = header.own("attention.key_length", hidden // heads)
     if header.own("attention.value_length", size) != size:
@@ -113,12 +123,29 @@ def _built(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> P
 
 def _require_known(header: Header) -> None:
     prefix = f"{header.architecture}."
+    for name in ("general.architecture", *(f"tokenizer.ggml.{token}_token_id" for token in ("bos", "eos", "padding"))):
+        if not isinstance(header.fields.get(name, 0 if "token" in name else ""), int if "token" in name else str):
+            raise header.refuse(name, header.fields[name], "is not what belongs here")
     for name, value in header.fields.items():
+        if name.startswith(prefix) and not _fits(name.removeprefix(prefix), value):
+            raise header.refuse(name, value, "is no number that belongs here")
         if name.startswith(prefix) and name.removeprefix(prefix) not in _KNOWN and value not in (0, 1.0, False):
             raise header.refuse(name, str(value)[:80], "PPF does not know what to make of it")
     if (parts := header.fields.get("split.count", 1)) > 1:
         remedy = "Put them together with llama-gguf-split --merge"
         raise InputError("model", header.file, f"is one of {parts} parts of a model", remedy)
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether an own statement's value is of its kind: words, finite numbers, sizes or lists of sizes."""
+    if name in _WORDS:
+        return isinstance(value, str)
+    if name in _REAL:
+        return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    if name not in _KNOWN:
+        return True
+    sizes = value if isinstance(value, list) else [value]
+    return all(isinstance(size, int) and 0 <= size < _LARGEST for size in sizes)
 
 
 def _stated(header: Header, name: str) -> Any:
@@ -156,7 +183,7 @@ def _gemma(header: Header, size: int, stated: Mapping[str, Any], factors: Tensor
     name, layers = header.architecture, stated["num_hidden_layers"]
     window = header.own("attention.sliding_window", 4096 if name == "gemma2" else 0)
     pattern = header.own("attention.sliding_window_pattern", _PATTERN[name])
-    local = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in range(layers)]
+    local = pattern if isinstance(pattern, list) else [bool(pattern and (i + 1) % pattern) for i in range(layers)]
     large = layers == _GEMMA_27B[name]
     rotation = _rotation(header, size, stated, factors)
     if name == "gemma3":

@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..timings import timed
 from .contents import read_contents
-from .headers import REPORT, read_json, weight_files
+from .headers import REPORT, is_marked, weight_files
+from .report import CHANGED, read_report, saved_again
 from .sources import local_folder
 
 _BLOCK = 4 << 20
 _THREADS = 8
 # A file system's clock ticks every few milliseconds: of a file written just now, a later change might not show.
 _SETTLED = 2_000_000_000
+_GO_ON = (
+    f"If you trained or edited it, remove its {REPORT}: what is left is a checkpoint like any other. "
+    "If you did not, it is damaged: use another copy"
+)
 # What was hashed before in this process: a command asks for the same weights several times.
 _known: dict[tuple[str, int, int, int, int], str] = {}
 
@@ -95,29 +101,42 @@ def hash_folder(folder: Path) -> dict[str, str]:
     return dict(zip((file.name for file in files), _sha256s(files), strict=True))
 
 
+def records(folder: Path) -> dict[str, Any]:
+    """What ``ppf.json`` says so that :func:`verify` can tell: "files", by :func:`hash_folder`, and "marked", whether
+    all weights carry the mark of those that PPF writes."""
+    weights = list(folder.glob("*.safetensors"))
+    return {"files": hash_folder(folder), "marked": bool(weights) and all(map(is_marked, weights))}
+
+
 def verify(path: str | Path) -> bool:
-    """True if every file that ``ppf.json`` lists has the recorded SHA-256, False if there are no records.
+    """True if every file that ``ppf.json`` lists has the recorded SHA-256, False if there are no records, and, with a
+    warning, if other software has saved the whole model again since, after training it.
 
     Raises ``InputError`` naming the first file that is missing or differs.
     """
     folder = local_folder(path)
-    if not (folder / REPORT).exists():
-        return False
-    files = read_json(folder / REPORT).get("files")
+    report = read_report(folder)
+    files = report.get("files")
     if files is None:
         return False
-    remedy = f"If it is damaged, write it again with ppf prune; if you trained or edited it, remove {folder / REPORT}"
-    changed = "changed since PPF wrote it:"
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
-        raise InputError("file", folder / REPORT, "its list of files is not {name: sha256}", remedy)
+    if any(Path(name).name != name for name in files):
+        raise InputError("file", folder / REPORT, "lists files outside its folder", _GO_ON)
+    if saved_again(folder, report):
+        told = f"{shown(folder)} was saved again since PPF wrote it: what {REPORT} says of its weights is out of date"
+        warnings.warn(f"ppf: {told}", stacklevel=2)
+        return False
+    _require_unchanged(folder, files)
+    return True
+
+
+def _require_unchanged(folder: Path, files: Mapping[str, str]) -> None:
     for name in files:
         if not (folder / name).is_file():
-            raise InputError("file", folder / name, f"{changed} listed in {REPORT}, but does not exist", remedy)
+            raise InputError("file", folder / name, f"{CHANGED}: listed in {REPORT}, but does not exist", _GO_ON)
     found = _sha256s([folder / name for name in files])
     for (name, recorded), sha256 in zip(files.items(), found, strict=True):
         if sha256 != recorded:
-            raise InputError("file", folder / name, f"{changed} not the SHA-256 that {REPORT} records", remedy)
+            raise InputError("file", folder / name, f"{CHANGED}: not the SHA-256 that {REPORT} records", _GO_ON)
     for file in folder.glob("*.safetensors"):
         if file.name not in files:
-            raise InputError("file", file, f"{changed} holds weights but is not listed in {REPORT}", remedy)
-    return True
+            raise InputError("file", file, f"{CHANGED}: holds weights but is not listed in {REPORT}", _GO_ON)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..schemas import read_as
 
 REPORT = "ppf.json"
 """The report beside the weights of everything PPF writes."""
@@ -19,10 +21,18 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 READ = "F32", "F16", "BF16"
 """The tensor types that PPF computes with."""
 
+PLAIN = {"format": "pt"}
+"""The metadata of weights that others write, and of those that PPF writes as others would."""
+MARKED = PLAIN | {"written_by": "ppf"}
+"""The metadata of the weights of results; see :mod:`ppf.checkpoint.report`."""
+
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _REMEDY = "The file is damaged: get it again"
-# Far above any real configuration or index, and small enough to be parsed in a second.
-_LARGEST_JSON = 16 << 20
+SETTINGS_BYTES = 1 << 20
+"""More than any configuration has, and little enough to be looked through at once."""
+# The same for headers, of one file and of all shards together: some 100 bytes a tensor.
+_LARGEST_HEADER = 8 << 20
+_MOST_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -91,38 +101,70 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name. Raises ``InputError`` if the file is truncated or damaged."""
+    with _opened(file) as reader:
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
+        return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape()), name) for name, s in slices.items()}
+
+
+def is_marked(file: Path) -> bool:
+    """Whether the metadata of a safetensors file are more than others write. Not: exactly those that PPF writes. One
+    flipped bit must not make a damaged file look like one that somebody else wrote."""
+    with _opened(file) as reader:
+        return not (reader.metadata() or {}).keys() <= PLAIN.keys()
+
+
+def read_json(file: Path, largest: int = 16 << 20) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises ``InputError`` if it is missing, of more than ``largest`` bytes, or holds
+    anything else."""
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise InputError("file", file, "does not exist", "Name a complete Hugging Face folder") from None
+    except OSError as error:
+        raise _unreadable("file", file, error) from None
+    if size > largest:
+        raise InputError("file", file, f"is larger than {largest >> 20} MiB", "Name a Hugging Face folder")
+    return read_as(dict[str, Any], "file", file, _REMEDY)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    _require_header(file)
     try:
         with safe_open(file, framework="np") as reader:  # "pt" maps files only as far as they would fit into memory
-            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
-            return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape()), name) for name, s in slices.items()}
+            yield reader
     except SafetensorError as error:  # it checks lengths, offsets, shapes and types against each other
         raise InputError("safetensors file", file, f"safetensors refuses it ({error})", _REMEDY) from None
     except OSError as error:
-        raise InputError("safetensors file", file, f"cannot be read ({error})", "Make it readable") from None
+        raise _unreadable("safetensors file", file, error) from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises ``InputError`` if it is missing, huge, or holds anything else."""
+def _require_header(file: Path) -> None:
+    """Raise ``InputError`` for a header that would take long to parse, before it is."""
+    if (length := _header_bytes(file)) > _LARGEST_HEADER:
+        problem = f"says that its header has {length:,} bytes, and those of models have less than {_LARGEST_HEADER:,}"
+        raise InputError("safetensors file", file, problem, _REMEDY)
+
+
+def _header_bytes(file: Path) -> int:
+    """The length that a safetensors file gives for its header."""
     try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise InputError("file", file, f"is larger than {_LARGEST_JSON >> 20} MiB", "Name a Hugging Face folder")
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("file", file, "does not exist", "Name a complete Hugging Face folder") from None
-    except InputError:
-        raise
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError("file", file, f"is not valid JSON ({error})", _REMEDY) from None
-    if not isinstance(data, dict):
-        raise InputError("file", file, "holds no JSON object", _REMEDY)
-    return data
+        with file.open("rb") as stream:
+            return int.from_bytes(stream.read(8), "little")
+    except OSError as error:
+        raise _unreadable("safetensors file", file, error) from None
+
+
+def _unreadable(field: str, file: Path, error: OSError) -> InputError:
+    remedy = "Get the right to read it" if isinstance(error, PermissionError) else "Make it readable"
+    return InputError(field, file, f"cannot be read ({error.strerror or error})", remedy)
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise InputError("file", folder / INDEX, "has no weight_map from tensor to file names", _REMEDY)
-    headers = {shard: _read_shard(folder, shard) for shard in sorted(set(where.values()))}
+    headers = {shard: _read_shard(folder, shard) for shard in _few_shards(folder, where)}
     for name, shard in where.items():
         if name not in headers[shard]:
             file = folder / shard
@@ -132,6 +174,18 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
             if where.get(name) != shard:
                 raise InputError("safetensors file", folder / shard, f"tensor {name} is not in {INDEX}", _REMEDY)
     return {name: headers[shard][name] for name, shard in where.items()}
+
+
+def _few_shards(folder: Path, where: Mapping[str, str]) -> list[str]:
+    """The shards in ``where``. Raises ``InputError`` for more, or longer headers, than any model has."""
+    shards = sorted(set(where.values()))
+    if len(shards) > _MOST_SHARDS:
+        raise InputError("file", folder / INDEX, f"names {len(shards):,} files of weights", _REMEDY)
+    inside = [folder / shard for shard in shards if Path(shard).name == shard and (folder / shard).is_file()]
+    if (together := sum(map(_header_bytes, inside))) > _LARGEST_HEADER:
+        problem = f"has shards with headers of {together:,} bytes, and models have less than {_LARGEST_HEADER:,}"
+        raise InputError("file", folder / INDEX, problem, _REMEDY)
+    return shards
 
 
 def _read_shard(folder: Path, shard: str) -> dict[str, StoredTensor]:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import InputError
-from ..files import full_disk_named
+from ..files import write_errors_named
 from ..timings import timed
 
 # Weights and what describes them and the tokenizer. Never code, and no other formats of the same weights.
@@ -39,7 +39,7 @@ def fetch(name: str, revision: str | None) -> tuple[Path, str]:
     if try_to_load_from_cache(name, "config.json", revision=revision) is None and not constants.HF_HUB_OFFLINE:
         warnings.warn(f"ppf: asking {constants.ENDPOINT} for {said}; what it sends is kept", stacklevel=2)
     try:
-        with full_disk_named(Path(constants.HF_HUB_CACHE)):
+        with write_errors_named(Path(constants.HF_HUB_CACHE)):
             found = snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise _refused(said, error) from None

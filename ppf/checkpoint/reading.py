@@ -15,17 +15,22 @@ from ..errors import InputError
 from ..model.build import build
 from ..model.decoder import Decoder
 from ..model.stream import Placement
+from ..schemas import read_as
 from .blame import attempt
 from .bounds import require_plain
 from .checks import read_config
 from .hashes import verify
-from .headers import read_json
+from .headers import SETTINGS_BYTES, read_json
 from .placing import fits
 from .source import Checkpoint
 from .sources import local_folder
 
 GENERATION = "generation_config.json"
 _TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", "vocab.json"
+_TOKENIZER_JSON = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
+_TOKENIZER_AGAIN = "Get the tokenizer files again"
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -70,7 +75,7 @@ def load_generation_config(path: str | Path) -> GenerationConfig | None:
     file = local_folder(path) / GENERATION
     if not file.is_file():
         return None
-    data = read_json(file)
+    data = read_json(file, SETTINGS_BYTES)
     require_plain(file, data)
     return attempt(file, data, _generation_config)
 
@@ -86,10 +91,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise InputError("tokenizer", folder, "holds no tokenizer files", remedy)
     config = read_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        made = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        made("a")  # settings of a wrong kind show when it works
+        return made
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        _require_json(folder)
         problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
-        raise InputError("tokenizer", folder, problem, "Get the tokenizer files again") from error
+        raise InputError("tokenizer", folder, problem, _TOKENIZER_AGAIN) from error
+
+
+def _require_json(folder: Path) -> None:
+    """Raise ``InputError`` about the first file of a tokenizer that is no JSON object; the libraries name none."""
+    for file in (folder / name for name in _TOKENIZER_JSON):
+        if file.exists():
+            read_as(dict[str, Any], "tokenizer", file, _TOKENIZER_AGAIN)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

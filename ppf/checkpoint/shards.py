@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from ..errors import PPFError
 from ..files import write_json
-from .headers import INDEX, WEIGHTS
+from .headers import INDEX, MARKED, WEIGHTS
+
+# Where a file's metadata stand: behind the header's length and its first field's name.
+_METADATA_AT = 8 + len('{"__metadata__":')
 
 SHARD_BYTES = 5 * 10**9
 """The most that one file of weights holds: so much of a model is in memory while it is written."""
@@ -42,12 +46,17 @@ def planned(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str, str
 
 
 def write_shards(
-    folder: Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES
+    folder: Path,
+    sizes: Mapping[str, int],
+    tensors: Iterable[tuple[str, Tensor]],
+    limit: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = MARKED,
 ) -> None:
     """Write ``tensors`` into ``folder``, and an index if there are several files.
 
     ``sizes`` are the bytes of all of them. If they come in that order, what is held on the host is one file's tensors;
-    any other order is right too, and holds more. Raises ``PPFError`` for tensors that are not those of ``sizes``.
+    any other order is right too, and holds more. Every file gets ``metadata``. Raises ``PPFError`` for tensors that are
+    not those of ``sizes``.
     """
     files = planned(sizes, limit)
     expected, missing = dict(sizes), Counter(files.values())
@@ -60,11 +69,24 @@ def write_shards(
         del tensor  # what comes next may need its room
         missing[file] -= 1
         if not missing[file]:
-            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+            save_file(held.pop(file), folder / file, metadata=dict(metadata))
+            _order_metadata(folder / file, metadata)
     if expected:
         raise PPFError(f"the tensor {next(iter(expected))} was to be written and did not come")
     if len(missing) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _order_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Let ``metadata`` stand in the file in their own order: safetensors writes them in any, and equal models shall be
+    equal files."""
+    with file.open("r+b") as stream:
+        stream.seek(_METADATA_AT)
+        written = json.dumps(dict(metadata), separators=(",", ":")).encode()
+        if json.loads(stream.read(len(written))) != metadata:
+            raise PPFError(f"{file} does not begin with its metadata")
+        stream.seek(_METADATA_AT)
+        stream.write(written)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from ..files import new_directory, require_space, write_json
 from ..model.build import LAYERS, expected_tensors, skeleton
 from ..model.tower import PREFIX, wrapper_classes, wrapper_model
-from .hashes import hash_folder
-from .headers import REPORT
+from .hashes import records
+from .headers import PLAIN, REPORT
 from .reading import GENERATION
 from .shards import SHARD_BYTES, write_shards
 from .source import Checkpoint
@@ -42,24 +42,25 @@ def save(
     force: bool = False,
     source: Checkpoint | None = None,
 ) -> None:
-    """Write a Hugging Face folder plus ``ppf.json``: ``report`` and, under "files", the SHA-256 of every file.
+    """Write a Hugging Face folder plus ``ppf.json``: ``report`` and what :func:`ppf.checkpoint.verify` goes by.
 
     If ``source`` is a multimodal model, so is the result: ``model`` becomes its text tower, all else is copied from it
     (processor and tokenizer files too; ``tokenizer`` is not asked). All or nothing: the folder appears under its name
     once it is complete. Raises ``InputError`` if ``path`` exists and is not empty (unless ``force``: then it is
     replaced at the very end), or if the disk is full.
     """
+    names = expected_tensors(model.config)
+    state = ((name, tensor) for name, tensor in model.state_dict().items() if name in names)
     with _result(path, model_bytes(model), force, source) as folder:
         if source is not None and source.wrapper is not None:
-            names = expected_tensors(model.config)
-            state = ((name, tensor) for name, tensor in model.state_dict().items() if name in names)
             _write_wrapper(model.config, model.dtype, state, source, source.wrapper, folder, SHARD_BYTES)
         else:
-            _write_model(model, folder)
+            write_shards(folder, _sizes(model.config, model.dtype), state)
+            _write_config(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         (folder / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
-        write_json(folder / REPORT, {**report, "files": hash_folder(folder)})
+        write_json(folder / REPORT, {**report, **records(folder)})
 
 
 def save_stream(
@@ -93,7 +94,7 @@ def save_stream(
         said = generation or model.generation_config
         (folder / GENERATION).write_text(said.to_json_string(), encoding="utf-8")
         found = report(folder)
-        write_json(folder / REPORT, {**found, "files": hash_folder(folder)})
+        write_json(folder / REPORT, {**found, **records(folder)})
     return found
 
 
@@ -112,7 +113,7 @@ def save_plain(
     model = skeleton(copy.deepcopy(config), dtype)
     with _result(path, model_bytes(model), False, None) as folder:
         converted = ((name, tensor.to(dtype)) for name, tensor in tensors)
-        write_shards(folder, _sizes(model.config, dtype), converted, SHARD_BYTES)
+        write_shards(folder, _sizes(model.config, dtype), converted, SHARD_BYTES, PLAIN)
         _write_config(model, folder)
         tokenizer.save_pretrained(folder)
         finish(folder)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import ranks
+from ..errors import printable
 from .bench import bench
 from .compare import compare
 from .console import errors
@@ -27,6 +28,8 @@ from .profile import profile
 from .prune import prune
 from .recover import recover
 from .report import report
+from .signals import heed
+from .unforeseen import tell
 
 _show_others = warnings.showwarning
 
@@ -94,16 +97,31 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: objec
     if not ranks.first():
         return
     if text.startswith("ppf: "):
-        errors.print(f"Note: {text.removeprefix('ppf: ')}", markup=False, highlight=False, soft_wrap=True)
+        told = printable(text.removeprefix("ppf: "))
+        errors.print(f"Note: {told}", markup=False, highlight=False, soft_wrap=True)
     else:
         _show_others(message, category, *place)
 
 
 def main() -> None:
     """Entry point of the ``ppf`` command."""
+    heed()
     warnings.showwarning = _show_warning
+    _never_refuse_characters()
     try:
         app(prog_name="ppf")
     except SystemExit as stop:
         leave(stop.code or 0)
         raise
+    except Exception as error:
+        code = tell(error, "--json" in sys.argv)
+        leave(code)
+        raise SystemExit(code) from None
+
+
+def _never_refuse_characters() -> None:
+    """What a terminal's encoding does not have, or what no encoding has (names of files may be any bytes), is escaped:
+    no command ends because of it, after its work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

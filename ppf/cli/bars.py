@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from ..model.policy import Policy
 from ..model.structure import Structure
 
 _WIDTH = 24
+_FINE, _COARSE = "█░", "#."
 
 
 def policy_bars(policy: Policy, structure: Structure) -> str:
@@ -21,4 +24,14 @@ def _bar(kept: int, whole: int) -> str:
     if not whole:  # the source has no such sub-layer
         return f"{'':{_WIDTH}} -"
     filled = round(_WIDTH * kept / whole)
-    return "█" * filled + "░" * (_WIDTH - filled) + f" {kept}/{whole}"
+    full, empty = _marks()
+    return full * filled + empty * (_WIDTH - filled) + f" {kept}/{whole}"
+
+
+def _marks() -> str:
+    """Two characters that standard output can show."""
+    try:
+        _FINE.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return _COARSE
+    return _FINE

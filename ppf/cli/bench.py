@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from .console import errors, show
-from .options import Device, Dtype, Json
+from .options import COUNT, Device, Dtype, Json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,9 +26,11 @@ def bench(
     model: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A checkpoint, or a folder of `ppf fit`.")],
     ratios: Annotated[str, typer.Option(help="Of a RUN: ratios to measure, such as 0,0.3,0.5.")] = "0,0.5",
     batches: Annotated[str, typer.Option(help="Numbers of sequences, 1 to 64.")] = "1",
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that generation starts from.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
-    prefill: Annotated[int, typer.Option(help="Tokens of the prompt whose reading is measured.")] = 512,
+    prompt: Annotated[
+        int, typer.Option(callback=COUNT, help="Tokens of the prompt that generation starts from.")
+    ] = 128,
+    new_tokens: Annotated[int, typer.Option(callback=COUNT, help="Tokens to generate.")] = 128,
+    prefill: Annotated[int, typer.Option(callback=COUNT, help="Tokens of the prompt whose reading is measured.")] = 512,
     runners: Annotated[str, typer.Option(help="Of ppf, eager, compiled (compiling takes a minute).")] = "ppf,eager",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -43,6 +45,7 @@ def bench(
     for name, value, least in (("prompt", prompt, 1), ("new-tokens", new_tokens, 2), ("prefill", prefill, 1)):
         if value < least:
             raise InputError(name, value, "is too few", f"Use at least {least}")
+    _list("ratios", ratios, _is_ratio, "Use shares such as 0,0.3,0.5")
     _check_plot(plot)
     facts, rows = _measure(model, ratios, sizes, prompt, new_tokens, prefill, chosen, device, dtype)
     if plot is not None:
@@ -110,7 +113,7 @@ def _list(field: str, text: str, fits: Any, remedy: str) -> list[str]:
 
 
 def _is_batch(text: str) -> bool:
-    return text.isdecimal() and 1 <= int(text) <= 64
+    return text.isdecimal() and len(text) <= 2 and 1 <= int(text) <= 64
 
 
 def _is_ratio(text: str) -> bool:
@@ -171,6 +174,8 @@ def _draw(rows: list[Row], path: Path) -> None:
     """Tokens per second of every runner over the ratio, one panel a phase and batch; dashed: the physical limit."""
     from matplotlib.figure import Figure
 
+    from ..files import write_atomically
+
     panels = sorted({(row.phase, row.batch) for row in rows})
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axis, (phase, batch) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -182,4 +187,5 @@ def _draw(rows: list[Row], path: Path) -> None:
         axis.plot(*zip(*limits, strict=True), linestyle="--", color="grey", label="physical limit")
         axis.set(title=f"{phase}, batch {batch}", xlabel="parameters removed", ylabel="tokens/s", ylim=(0, None))
         axis.legend(fontsize=7)
-    figure.savefig(path)
+    kind = path.suffix.removeprefix(".")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind))

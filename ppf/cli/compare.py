@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,22 @@ from rich.table import Table
 
 from ..errors import InputError
 from .console import progress_bars, show
-from .options import Device, Field, GpuMemoryGb, Json, Seed, Split, TextInput, Timings, Weights, placement
+from .options import (
+    COUNT,
+    TOKENS,
+    Device,
+    Field,
+    GpuMemoryGb,
+    Json,
+    Seed,
+    Split,
+    TextInput,
+    Timings,
+    Wait,
+    Weights,
+    placement,
+)
+from .tasks import BatchSize, Limit, TaskFolder, TaskNames, opened
 
 if TYPE_CHECKING:
     from ..fitting.session import Session
@@ -31,34 +47,43 @@ def compare(
         str, typer.Option(help="all, or a list of methods; NAME:N gives a searching one N evaluations a ratio.")
     ] = "all",
     tokens: Annotated[
-        int | None, typer.Option(help="Report on about so many tokens of the text; all if left out.")
+        int | None, typer.Option(callback=TOKENS, help="Report on about so many tokens of the text; all if left out.")
     ] = None,
     fit_text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For a MODEL: the text to fit on. For a RUN: not used.")
     ] = None,
-    fit_evaluations: Annotated[int, typer.Option(help="For a MODEL: evaluations of the fit.")] = 600,
+    fit_evaluations: Annotated[int, typer.Option(callback=COUNT, help="For a MODEL: evaluations of the fit.")] = 600,
+    tasks: TaskNames = None,
+    task_folder: TaskFolder = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
     device: Device = "auto",
     weights: Weights = "auto",
     gpu_memory_gb: GpuMemoryGb = None,
     seed: Seed = 0,
+    wait: Wait = False,
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:
-    """Perplexity of PPF's and other methods' policies on a text that none of them was chosen on."""
+    """Perplexity of PPF's and other methods' policies on a text that none of them was chosen on, and what tasks say."""
     from ..fitting.evaluation.shared import led
     from ..lab.comparison import compare as compare_methods
     from ..lab.comparison import parse_methods
+    from ..lab.comparison.page import table_of, tasks_table_of
     from ..text import Text
 
     chosen, shares, place = parse_methods(methods), _ratios(ratios), placement(weights, gpu_memory_gb)
+    judged = opened(tasks, task_folder, limit, batch_size)
     with progress_bars() as progress:
         fitted_on = None if fit_text is None else Text(fit_text, field, split)
         session = _open(path, fitted_on, fit_evaluations, output, device, place, seed, progress)
         asked = Text(text, field, split)
-        data = led(session, lambda: compare_methods(session, asked, output, chosen, shares, tokens, seed, progress))
+        work = partial(compare_methods, session, asked, output, chosen, shares, tokens, seed, progress, judged)
+        data = led(session, work)
     if data is None:  # the first process has it
         return
-    show(as_json, data, _title(data), _table(data), f"Page: {output / 'comparison.html'}", timings=timings)
+    tables = [_table(*table) for table in (table_of(data), tasks_table_of(data)) if table is not None]
+    show(as_json, data, _title(data), *tables, f"Page: {output / 'comparison.html'}", timings=timings)
 
 
 def _ratios(text: str) -> list[float]:
@@ -74,11 +99,11 @@ def _open(
 ) -> Session:  # fmt: skip
     """The run at ``path``, or one fitted to the model at ``path`` that stands beside the comparison; with weights."""
     from ..fitting.run import Run, Settings
-    from ..fitting.run.directory import MANIFEST
+    from ..fitting.run.manifest import is_run
     from ..fitting.session import Session
     from ..fitting.stages import fit
 
-    if (path / MANIFEST).exists():
+    if is_run(path):
         if text is not None:
             raise InputError("fit-text", text.given, "makes no sense with a run, which is fitted already", "Drop it")
         return Session(Run(path), device, placement=place)
@@ -98,10 +123,7 @@ def _title(data: dict[str, Any]) -> str:
     )
 
 
-def _table(data: dict[str, Any]) -> Table:
-    from ..lab.comparison.page import table_of
-
-    headers, rows = table_of(data)
+def _table(headers: list[str], rows: list[list[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, header in enumerate(headers):
         table.add_column(header, justify="right" if index else "left", no_wrap=True)

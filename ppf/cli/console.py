@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -17,13 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import ranks
+from ..errors import printable, shown
 from ..progress import Progress, silent
 from ..timings import seconds
 
 errors = Console(stderr=True)
 """Standard error; it follows ``sys.stderr`` when that is replaced."""
 
+# Of a fact: generous, for paths and lists of names.
+_LONGEST = 2000
 _LABELS = {
+    "answer": "Answering prompts (tokens)",
     "calibrate": "Calibrating layers",
     "evaluate": "Measuring policies",
     "learn": "Training predictor and agent",
@@ -37,6 +40,7 @@ _LABELS = {
     "rivals": "Training other predictors",
     "curve": "Learning curve",
     "compare": "Methods and ratios",
+    "deliver": "Writing results",
     "demo": "Pruned and reloaded",
     "price": "Pricing portability",
 }
@@ -61,7 +65,8 @@ def show(as_json: bool, data: dict[str, Any], *renderables: RenderableType, timi
     console = Console()
     for renderable in renderables:
         # Paths and figures must survive being piped: no markup, no wrapping in the middle of a name.
-        console.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+        text = isinstance(renderable, str)
+        console.print(printable(renderable) if text else renderable, markup=False, highlight=False, soft_wrap=text)
 
 
 def _timings_table(spent: dict[str, float]) -> Table:
@@ -72,16 +77,6 @@ def _timings_table(spent: dict[str, float]) -> Table:
     for stage, took in (*spent.items(), ("together", total)):
         table.add_row(stage, f"{took:,.2f}", f"{took / total:.1%}")
     return table
-
-
-def show_notes(model: Path) -> None:
-    """What was not taken as the files of a checkpoint say, on standard error."""
-    from ..checkpoint import Checkpoint
-
-    if not ranks.first():
-        return
-    for note in Checkpoint(model).notes:
-        errors.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -113,7 +108,7 @@ def progress_bars() -> Iterator[Progress]:
 def lines(facts: dict[str, Any]) -> str:
     """Name and value of every fact, one a line, in two columns."""
     width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return "\n".join(f"{name:<{width}}  {shown(value, _LONGEST)}" for name, value in facts.items())
 
 
 class _Rate(ProgressColumn):

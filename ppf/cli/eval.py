@@ -9,6 +9,7 @@ import typer
 
 from .console import lines, progress_bars, show
 from .options import (
+    TOKENS,
     Device,
     Dtype,
     Field,
@@ -32,7 +33,7 @@ def evaluate(
     split: Split = None,
     sequence_length: SequenceLength = 512,
     tokens: Annotated[
-        int | None, typer.Option(help="About so many, evenly spaced over the text; all if left out.")
+        int | None, typer.Option(callback=TOKENS, help="About so many, evenly spaced over the text; all if left out.")
     ] = None,
     selection: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Units that count, as JSON; the others as if they were zero.")

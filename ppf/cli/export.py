@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from .console import lines, show
-from .options import Force, Json
+from .options import COUNT, Force, Json, Wait
 
 if TYPE_CHECKING:
     from ..deliver.export import Source
@@ -27,8 +27,11 @@ def export(
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="hf: add the modelling code, for readers without ppf.")
     ] = False,
-    tensor_parallel: Annotated[int, typer.Option(metavar="N", help="vllm: GPUs that shall share it.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(callback=COUNT, metavar="N", help="vllm: GPUs that shall share it.")
+    ] = 1,
     force: Force = False,
+    wait: Wait = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint for transformers, llama.cpp, vLLM or readers of DeciLM; says first what they would refuse."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from .. import ranks
-from .console import lines, progress_bars, show, show_notes
+from ..errors import shown as escaped
+from .console import lines, progress_bars, show
 from .info import run_facts
 from .options import (
+    COUNT,
+    NUMBER,
+    TOKENS,
     Device,
     Field,
     GpuMemoryGb,
@@ -22,6 +27,7 @@ from .options import (
     Split,
     TextInput,
     Timings,
+    Wait,
     Weights,
     placement,
 )
@@ -29,9 +35,11 @@ from .options import (
 
 def fit(
     model: Model,
-    text: TextInput,
     output: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run; an unfinished one is resumed.")],
-    evaluations: Annotated[int, typer.Option(help="Policies to measure; more give better policies.")] = 600,
+    text: TextInput | None = None,
+    evaluations: Annotated[
+        int, typer.Option(callback=COUNT, help="Policies to measure; more give better policies.")
+    ] = 600,
     device: Device = "auto",
     weights: Weights = "auto",
     gpu_memory_gb: GpuMemoryGb = None,
@@ -44,13 +52,33 @@ def fit(
     eval_split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Split of --eval-text; that of --text if left out.")
     ] = None,
+    own_answers: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPTS", help="Calibrate on what MODEL answers to these; --text then only evaluates."),
+    ] = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option(callback=COUNT, help="At most so many tokens an answer; 128.")
+    ] = None,
+    answer_temperature: Annotated[
+        float | None, typer.Option(callback=NUMBER, help="Answers are drawn at this; 0 takes the likeliest tokens. 1.")
+    ] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field of PROMPTS; that of --text if left out.")
+    ] = None,
+    prompt_split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Split of PROMPTS; that of --text if left out.")
+    ] = None,
     ranking: Annotated[
         str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")
     ] = "wanda-sp",
-    ffn_multiple: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 64,
+    ffn_multiple: Annotated[int, typer.Option(callback=COUNT, help="FFN widths are multiples of this.")] = 64,
     sequence_length: SequenceLength = 512,
-    calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of calibration text.")] = 131_072,
-    evaluation_tokens: Annotated[int, typer.Option(help="At most so many tokens of evaluation text.")] = 16_384,
+    calibration_tokens: Annotated[
+        int, typer.Option(callback=TOKENS, help="At most so many tokens of calibration text.")
+    ] = 131_072,
+    evaluation_tokens: Annotated[
+        int, typer.Option(callback=TOKENS, help="At most so many tokens of evaluation text.")
+    ] = 16_384,
     predictor: Annotated[str | None, typer.Option(help="Kind of predictor: gp (default), mlp or cnn.")] = None,
     agent: Annotated[str | None, typer.Option(help="How the agent is trained: pathwise or actor-critic.")] = None,
     early_stop: Annotated[
@@ -59,11 +87,13 @@ def fit(
     portable: Annotated[
         bool, typer.Option("--portable", help="Only policies that every export accepts; see docs/formats.md.")
     ] = False,
+    wait: Wait = False,
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:
     """Learn how much every layer of MODEL can lose, from a text. Interrupt it at will: the same command resumes."""
     from ..deliver.price import portable_prices
+    from ..fitting.alone import is_finished
     from ..fitting.run import Settings
     from ..fitting.session import Session
     from ..fitting.stages import fit as fit_run
@@ -78,15 +108,20 @@ def fit(
         settings = replace(settings, agent=agent)
     settings = replace(settings, portable=portable, early_stop=early_stop)
     place = placement(weights, gpu_memory_gb)
+    given = None if text is None else Text(text, field, split)
     judged_on = None if eval_text is None else Text(eval_text, field, eval_split or split)
-    show_notes(model)
+    prompts = None if own_answers is None else Text(own_answers, prompt_field or field, prompt_split or split)
+    finished = is_finished(output)
     with progress_bars() as progress:
         run = fit_run(
-            model, Text(text, field, split), output, settings=settings, eval_text=judged_on, device=device,
-            placement=place, progress=progress,
+            model, given, output, settings=settings, eval_text=judged_on, own_answers=prompts,
+            answer_tokens=answer_tokens, answer_temperature=answer_temperature, device=device, placement=place,
+            progress=progress,
         )  # fmt: skip
         if not ranks.first():  # the rest is the work of one
             return
+        if finished:
+            warnings.warn(f"ppf: {escaped(output)} holds exactly this already: nothing was fitted", stacklevel=1)
         prices = portable_prices(Session(run, device, placement=place), progress) if portable else []
     facts = run_facts(run) | ({"portable": prices} if portable else {})
     following = f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,16 +9,19 @@ import typer
 
 from ..errors import InputError
 from .console import show
-from .options import Device, Dtype, Json, Model, Seed
+from .options import COUNT, Device, Dtype, Json, Model, Seed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Beyond them single precision has nothing left to choose from.
+_COLDEST, _HOTTEST = 1e-4, 1e4
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on with.")],
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(callback=COUNT, help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -31,8 +33,9 @@ def generate(
         raise InputError("prompt", repr(prompt), "is empty", "Give some text to go on with")
     if max_new_tokens < 1:
         raise InputError("max-new-tokens", max_new_tokens, "asks for nothing", "Use a whole number, at least 1")
-    if not 0 <= temperature < math.inf:
-        raise InputError("temperature", temperature, "is not a temperature", "Use 0, or a positive number such as 0.8")
+    if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
+        remedy = f"Use 0, or a number from {_COLDEST} to {_HOTTEST}, such as 0.8"
+        raise InputError("temperature", temperature, "is not a temperature", remedy)
     data = _generate(model, prompt, max_new_tokens, temperature, seed, device, dtype)
     show(as_json, data, data["text"])
 

@@ -12,10 +12,13 @@ import typer
 from .bars import policy_bars
 from .console import lines, show
 from .options import Json
+from .reports import summary
 
 if TYPE_CHECKING:
     from ..fitting.experience import Evaluation
     from ..fitting.run import Run
+    from ..model.policy import Policy
+    from ..model.structure import Structure
 
 # A measured policy counts for a ratio if it is this near.
 _NEAR = 0.02
@@ -26,9 +29,9 @@ def info(
 ) -> None:
     """Facts about a checkpoint (dense or pruned) or a run. Reads no weights."""
     from ..fitting.run import Run
-    from ..fitting.run.directory import MANIFEST
+    from ..fitting.run.manifest import is_run
 
-    if (path / MANIFEST).exists():
+    if is_run(path):
         facts = run_facts(Run(path))
         show(as_json, facts, _describe_run(facts))
         return
@@ -38,8 +41,7 @@ def info(
 
 def run_facts(run: Run) -> dict[str, Any]:
     """Settings, state and experience of a run."""
-    started = (run.path / "experience.sqlite").exists()  # asking must not make one
-    rows = run.experience.rows() if started else []
+    rows = run.experience.rows()
     return {
         "kind": "run",
         "path": str(run.path),
@@ -49,6 +51,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "from": run.manifest.get("source"),
         "fingerprint": run.manifest["fingerprint"],
         "texts": run.manifest["files"],
+        "own_answers": run.manifest.get("own_answers"),
         "structure": run.structure.to_dict(),
         "settings": run.settings.to_dict(),
         "versions": run.manifest["versions"],
@@ -80,19 +83,13 @@ def _describe_run(facts: dict[str, Any]) -> str:
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
     from ..checkpoint import Checkpoint, locate
-    from ..checkpoint.headers import REPORT, read_json
-    from ..model.build import policy_of
-    from ..model.geometry import structure_of
-    from ..model.structure import Structure
+    from ..checkpoint.report import read_report, saved_again
+    from ..model.build import dense_structure, policy_of
 
     opened = Checkpoint(path)
     config, stored = opened.config, [*opened.stored.values(), *opened.passengers.values()]
-    report = read_json(opened.folder / REPORT) if (opened.folder / REPORT).exists() else None
-    policy = policy_of(config)
-    if report and "structure" in report:
-        structure = Structure.from_dict(report["structure"])
-    else:
-        structure = structure_of(opened.family, config)
+    report, policy = read_report(opened.folder), policy_of(config)
+    structure = _told_structure(opened.folder, report, policy) or dense_structure(config)
     facts = {
         "kind": "checkpoint",
         "path": str(path),
@@ -106,13 +103,34 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:
         "bytes": sum(tensor.bytes for tensor in stored),
         "dtypes": sorted({tensor.dtype for tensor in stored}),
         "policy": policy.to_dict(),
-        "report": report,
+        "report": report or None,
+        "saved_again": saved_again(opened.folder, report),
     }
     return facts, policy_bars(policy, structure)
 
 
+def _told_structure(folder: Path, report: dict[str, Any], policy: Policy) -> Structure | None:
+    """The dense structure that a report tells, if there is one; of a model of other sizes it was not written."""
+    from ..errors import InputError
+    from ..families import KINDS
+    from ..model.structure import Structure
+
+    if not report.get("structure"):
+        return None
+    file, remedy = folder / "ppf.json", "If it is of another model, remove it: the checkpoint works without"
+    try:
+        found = Structure.from_dict(report["structure"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError("file", file, f"structure is not one ({type(error).__name__}: {error})", remedy) from None
+    for kind in KINDS:
+        units = [sublayer.units for sublayer in found.of(kind)]
+        if len(units) != len(policy[kind]) or any(kept > most for kept, most in zip(policy[kind], units, strict=True)):
+            raise InputError("file", file, f"its structure does not fit the {kind} of the weights", remedy)
+    return found
+
+
 def _describe_checkpoint(facts: dict[str, Any]) -> str:
-    structure, report = facts["structure"], facts["report"]
+    structure, report, path = facts["structure"], facts["report"] or {}, Path(facts["path"])
     top = {
         "architecture": facts["architecture"] + (f" inside {facts['wrapper']}" if facts["wrapper"] else ""),
         "dense structure": _sizes(structure),
@@ -122,15 +140,18 @@ def _describe_checkpoint(facts: dict[str, Any]) -> str:
         top["notes"] = "; ".join(facts["notes"])
     if chain := _chain(report):
         top["made from"] = chain
-    if report and "recovery" in report:
-        from .recover import summary
+    if facts["saved_again"]:
+        top["out of date"] = f"{_outdated(report)}: the weights were saved again since PPF wrote them"
+    elif told := summary(report, path):
+        return told + "\n" + lines(top)
+    return lines({"checkpoint": path} | top)
 
-        return summary(report, Path(facts["path"])) + "\n" + lines(top)
-    if report and "measured" in report:
-        from .prune import summary
 
-        return summary(report, Path(facts["path"])) + "\n" + lines(top)
-    return lines({"checkpoint": facts["path"]} | top)
+def _outdated(report: dict[str, Any]) -> str:
+    """What a report says of weights that are not these any more."""
+    from ..checkpoint.report import OF_WEIGHTS
+
+    return ", ".join(["the hashes of files", *(name for name in OF_WEIGHTS if report.get(name))]) + " in ppf.json"
 
 
 def _sizes(structure: dict[str, Any]) -> str:

@@ -9,13 +9,17 @@ import typer
 from rich import box
 from rich.table import Table
 
+from ..locks import locked_folder, sweep
 from .console import show
-from .options import Json, RunFolder
+from .options import Json, RunFolder, Wait
+
+_FILES = "pareto.json", "pareto.html"
 
 
 def pareto(
     run: RunFolder,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the page; the RUN if left out.")] = None,
+    wait: Wait = False,
     as_json: Json = False,
 ) -> None:
     """Predicted and measured perplexity against size and, after `ppf profile`, latency: a page, JSON and a table."""
@@ -25,9 +29,10 @@ def pareto(
     from ..lab.pareto import pareto_page
 
     data, folder = curve(Run(run)), output or run
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "pareto.json", data)
-    pareto_page(data).write(folder / "pareto.html")
+    with locked_folder(folder):
+        sweep(folder, *_FILES)
+        write_json(folder / _FILES[0], data)
+        pareto_page(data).write(folder / _FILES[1])
     show(as_json, data, _table(data), f"Page: {folder / 'pareto.html'}")
 
 

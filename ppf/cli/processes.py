@@ -11,6 +11,7 @@ import typer
 
 from .. import ranks
 from .console import errors
+from .signals import ENDING
 
 # Those that have work for several processes; of the others the first one does everything.
 TOGETHER = ("fit", "compare", "report", "recover", "prune")
@@ -41,20 +42,23 @@ def leave(code: int) -> None:
 
 
 def _heed_the_end() -> None:
-    """Say why it ends when torchrun ends this process, which it does with SIGTERM once another one has ended.
+    """Say why it ends when torchrun ends this process, which it does with SIGTERM once another one has ended, or with
+    what it was sent itself.
 
     A thread waits for the signal: Python's own handlers run between two steps of the main thread, which may be waiting
     for the dead.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_end, args=(reading,), daemon=True).start()
 
 
 def _end(reading: int) -> None:
-    while os.read(reading, 1)[0] != signal.SIGTERM:
+    while os.read(reading, 1)[0] not in ENDING:
         pass
     line = f"Error: {ranks.GONE}"
     code = ranks.speak_for_all(lambda: errors.print(line, style="red", highlight=False, soft_wrap=True), 1)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..locks import locked_folder, locked_result, sweep
 from .console import lines, progress_bars, show
-from .options import Device, Json
+from .options import COUNT, Device, Json, Wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,28 +20,36 @@ if TYPE_CHECKING:
     from ..model.grid import Grid
     from ..model.policy import Policy
     from ..progress import Progress
+    from ..sealed import Sealed
 
 
 def profile(
     path: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A run, or a dense checkpoint.")],
-    prefill: Annotated[int | None, typer.Option(help="Tokens of a prompt; 2048, or half of a shorter context.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
-    decode: Annotated[int | None, typer.Option(help="Tokens each sequence holds when its next is generated.")] = None,
-    decode_batch: Annotated[int, typer.Option(help="Sequences that generate at once.")] = 1,
+    prefill: Annotated[
+        int | None, typer.Option(callback=COUNT, help="Tokens of a prompt; 2048, or half of a shorter context.")
+    ] = None,
+    batch: Annotated[int, typer.Option(callback=COUNT, help="Prompts at once.")] = 1,
+    decode: Annotated[
+        int | None, typer.Option(callback=COUNT, help="Tokens each sequence holds when its next is generated.")
+    ] = None,
+    decode_batch: Annotated[int, typer.Option(callback=COUNT, help="Sequences that generate at once.")] = 1,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For a MODEL: where to write the profile.")
     ] = None,
-    ffn_multiple: Annotated[int, typer.Option(help="For a MODEL: FFN widths are multiples of this.")] = 64,
+    ffn_multiple: Annotated[
+        int, typer.Option(callback=COUNT, help="For a MODEL: FFN widths are multiples of this.")
+    ] = 64,
     device: Device = "auto",
+    wait: Wait = False,
     as_json: Json = False,
 ) -> None:
     """Measure the latency of every width on this device, for --latency-ms and --tokens-per-second."""
     from ..choose.budget.profile import PROFILE, save_profile
     from ..deliver.profiling import profile_facts
     from ..fast.timing import Workload, check_workload
-    from ..fitting.run.directory import MANIFEST
+    from ..fitting.run.manifest import is_run as found_run
 
-    is_run = (path / MANIFEST).exists()
+    is_run = found_run(path)
     if output is None and not is_run:
         raise InputError("output", "(none)", "a MODEL has no folder for its profile", "Give --output FILE, or a RUN")
     grid, context, build = _open(path, is_run, ffn_multiple, device)
@@ -51,13 +60,26 @@ def profile(
     )
     for workload in workloads:
         check_workload(workload, context)
-    with progress_bars() as progress:
+    target = output or path / PROFILE
+    with progress_bars() as progress, locked_result(target) if output else locked_folder(path, "run"):
+        if output is None:
+            sweep(path)
         facts = {"path": str(path)} | profile_facts(build(grid.dense()))
         profiles = _measure(grid, build, workloads, progress)
-    target = output or path / PROFILE
-    save_profile(target, facts, profiles)
+        save_profile(_files(path, is_run, target), facts, profiles, target.name)
     data = facts | {"output": str(target), "profiles": {p.workload.phase: p.to_dict() for p in profiles}}
     show(as_json, data, lines(_told(data, grid, profiles)))
+
+
+def _files(path: Path, is_run: bool, target: Path) -> Sealed:
+    """Where the file ``target`` belongs: to the run, or to itself."""
+    from ..choose.budget.profile import PROFILE
+    from ..fitting.run import Run
+    from ..sealed import Sealed
+
+    if is_run and target.resolve() == (path / PROFILE).resolve():
+        return Run(path).files
+    return Sealed(target.parent, "", "output", "Measure it again with ppf profile")
 
 
 def _open(path: Path, is_run: bool, ffn_multiple: int, device: str) -> tuple[Grid, int, Build]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import ranks
+from ..locks import for_all, locked_result
 from .bars import policy_bars
 from .console import lines, progress_bars, show
 from .options import (
+    COUNT,
     Context,
     Device,
     Flops,
@@ -24,12 +27,18 @@ from .options import (
     RunFolder,
     Timings,
     TokensPerSecond,
+    Wait,
     Weights,
     placement,
 )
 from .policy import predicted
 from .protocols import protocol_line
 from .tasks import BatchSize, Limit, TaskFolder, TaskNames, opened, tasks_table
+
+if TYPE_CHECKING:
+    from ..deliver.request import Request
+    from ..fitting.session import Session
+    from ..fitting.tasks import Tasks
 
 # A prediction is shown beside what was delivered if they are further apart.
 _WORTH_TELLING = 1e-3
@@ -44,7 +53,9 @@ def prune(
     latency_ms: LatencyMs = None,
     tokens_per_second: TokensPerSecond = None,
     context: Context = 2048,
-    search: Annotated[int | None, typer.Option(metavar="N", help="Spend N true evaluations on this size.")] = None,
+    search: Annotated[
+        int | None, typer.Option(callback=COUNT, metavar="N", help="Spend N true evaluations on this size.")
+    ] = None,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own policy, as JSON.")] = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="A result that every export accepts; says what that costs.")
@@ -57,36 +68,66 @@ def prune(
     weights: Weights = "auto",
     gpu_memory_gb: GpuMemoryGb = None,
     force: Force = False,
+    wait: Wait = False,
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:
     """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
     from ..deliver.api import decide
     from ..deliver.request import Request
-    from ..deliver.results import check_destination, check_tasks, deliver
+    from ..deliver.results import check_tasks, deliver
     from ..fitting.evaluation.shared import led
     from ..fitting.run import Run
     from ..fitting.session import Session
+    from ..model.policy import Policy
 
     if search is None and not ranks.first():  # there is nothing to share
         return
     judged = opened(tasks, task_folder, limit, batch_size)
     session = Session(Run(run), device, placement=placement(weights, gpu_memory_gb))
-    check_destination(session.run, output, force)
-    check_tasks(session, judged)
-    with progress_bars() as progress:
-        request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
-        chosen = partial(decide, session, request, search, policy, portable, progress)
-        choice = chosen() if search is None else led(session, chosen)
-        if choice is None:  # the rest is the first process's
-            return
-        report = deliver(session, choice, output, force, progress, judged)
+    request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
+    together = search is not None
+    with progress_bars() as progress, _alone(output, together):
+        ask = partial(_standing, session, request, output, search, portable, force, judged)
+        report = ranks.from_first(ask) if together else ask()
+        if report is None:
+            check_tasks(session, judged)
+            chosen = partial(decide, session, request, search, policy, portable, progress)
+            choice = led(session, chosen) if together else chosen()
+            report = None if choice is None else deliver(session, choice, output, force, progress, judged)
+    if not ranks.first():
+        return
     data, text = {"output": str(output)} | report, summary(report, output)
     tables = [tasks_table(report["tasks"])] if "tasks" in report else []
     if portable or session.run.settings.portable:
         data["routes"] = _routes(output)
         text += "\n" + lines({f"export to {to}": problem or "yes" for to, problem in data["routes"].items()})
-    show(as_json, data, text, *tables, policy_bars(choice.policy, session.run.structure), timings=timings)
+    bars = policy_bars(Policy.from_dict(report["policy"]), session.run.structure)
+    show(as_json, data, text, *tables, bars, timings=timings)
+
+
+def _alone(output: Path, together: bool) -> AbstractContextManager[None]:
+    """The lock on ``output``; ``together`` if all processes come here."""
+    return for_all(lambda: locked_result(output)) if together else locked_result(output)
+
+
+def _standing(
+    session: Session, request: Request, output: Path, search: int | None, portable: bool, force: bool,
+    tasks: Tasks | None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The report of ``output`` if it is what is asked for, where finding that again would take evaluations; what costs
+    none is compared when it is delivered. Raises ``InputError`` for an output that may not be written."""
+    from ..deliver.results import check_destination, found_before, standing
+    from ..deliver.standing import report_of
+
+    there = not force and report_of(output) is not None
+    if there and search is None and not portable:
+        return None
+    before = found_before(session, request.budget(session.run), output, search, portable) if there else None
+    found = None if before is None else standing(session, before, output, tasks)
+    if found is None:
+        check_destination(session.run, output, force)
+    return found
 
 
 def _routes(output: Path) -> dict[str, str | None]:

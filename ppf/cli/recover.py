@@ -9,6 +9,9 @@ import typer
 
 from .console import lines, progress_bars, show
 from .options import (
+    COUNT,
+    NUMBER,
+    TOKENS,
     Device,
     Field,
     Force,
@@ -20,6 +23,7 @@ from .options import (
     Split,
     TextInput,
     Timings,
+    Wait,
     Weights,
     placement,
 )
@@ -32,24 +36,31 @@ def recover(
     output: Annotated[Path, typer.Option(metavar="OUT", help="Folder of the recovered checkpoint.")],
     field: Field = None,
     split: Split = None,
-    tokens: Annotated[int, typer.Option(help="Train on so many; a shorter text is read again and again.")] = 5_000_000,
+    tokens: Annotated[
+        int, typer.Option(callback=TOKENS, help="Train on so many; a shorter text is read again and again.")
+    ] = 5_000_000,
     method: Annotated[str, typer.Option(help="lora, full, or norms (norm weights and biases only).")] = "lora",
     teacher: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The dense model, if not where ppf.json says.")
     ] = None,
-    distillation: Annotated[float, typer.Option(help="Share of the dense model in the loss; 0 needs none.")] = 1.0,
-    learning_rate: Annotated[float | None, typer.Option(help="At its peak; the method's own if left out.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of --method lora; 16 if left out.")] = None,
+    distillation: Annotated[
+        float, typer.Option(callback=NUMBER, help="Share of the dense model in the loss; 0 needs none.")
+    ] = 1.0,
+    learning_rate: Annotated[
+        float | None, typer.Option(callback=NUMBER, help="At its peak; the method's own if left out.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(callback=COUNT, help="Of --method lora; 16 if left out.")] = None,
     sequence_length: SequenceLength = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 8_192,
+    batch_tokens: Annotated[int, typer.Option(callback=TOKENS, help="Tokens a step.")] = 8_192,
     micro_tokens: Annotated[
-        int | None, typer.Option(help="Tokens at once, of each process; as many as fit if left out.")
+        int | None, typer.Option(callback=TOKENS, help="Tokens at once, of each process; as many as fit if left out.")
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     weights: Weights = "auto",
     gpu_memory_gb: GpuMemoryGb = None,
     force: Force = False,
+    wait: Wait = False,
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .console import lines, progress_bars, show
-from .options import Device, GpuMemoryGb, Json, RunFolder, Timings, Weights, placement
+from .options import COUNT, Device, GpuMemoryGb, Json, RunFolder, Timings, Wait, Weights, placement
 
 # What 80 columns have no room for.
 _PAGE_ONLY = ("Kendall", "MAE", "spread")
@@ -18,12 +18,15 @@ _PAGE_ONLY = ("Kendall", "MAE", "spread")
 
 def report(
     run: RunFolder,
-    held_out: Annotated[int, typer.Option(help="Random policies at each ratio, and half as many visited.")] = 200,
+    held_out: Annotated[
+        int, typer.Option(callback=COUNT, help="Random policies at each ratio, and half as many visited.")
+    ] = 200,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the run.")] = None,
     compare: Annotated[str, typer.Option(help="Other kinds of predictor to train beside it, such as mlp,cnn.")] = "",
     device: Device = "auto",
     weights: Weights = "auto",
     gpu_memory_gb: GpuMemoryGb = None,
+    wait: Wait = False,
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:

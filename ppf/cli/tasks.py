@@ -9,7 +9,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from .options import COUNT
 
 if TYPE_CHECKING:
     from ..fitting.tasks import Tasks
@@ -20,8 +21,8 @@ TaskNames = Annotated[
 TaskFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Tasks of your own: NAME.jsonl with items, or lm_eval's yaml.")
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="Only the first N items of each task.")]
-BatchSize = Annotated[int, typer.Option(metavar="N", help="Items of a task computed together.")]
+Limit = Annotated[int | None, typer.Option(callback=COUNT, metavar="N", help="Only the first N items of each task.")]
+BatchSize = Annotated[int, typer.Option(callback=COUNT, metavar="N", help="Items of a task computed together.")]
 
 
 def opened(names: str | None, folder: Path | None, limit: int | None, batch_size: int) -> Tasks | None:
@@ -46,7 +47,12 @@ def tasks_table(tasks: dict[str, Any]) -> Table:
         table.add_column(title, justify="left" if title in ("task", "figure") else "right", no_wrap=True)
     for name, judged in tasks.items():
         for figure, found in judged["figures"].items():
-            error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            error = "" if found["stderr"] is None else _digits(found["stderr"])
             facts = (str(judged.get(key, "")) for key in ("items", "few_shot", "version"))
-            table.add_row(name, figure, f"{found['value']:.4f}", error, *facts)
+            table.add_row(shown(name), shown(figure), _digits(found["value"]), error, *facts)
     return table
+
+
+def _digits(value: float) -> str:
+    """Four of a share, and one of a perplexity, which may be thousands: a terminal has no room for more."""
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"

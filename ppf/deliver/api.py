@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -28,9 +29,11 @@ from ..fitting.reader import Reader
 from ..fitting.run import Answer
 from ..fitting.session import Session
 from ..fitting.tasks import Tasks
+from ..locks import locked_folder, sweep, waiting
 from ..model.policy import Policy
 from ..model.stream import Placement
 from ..progress import Progress, logged, silent, tell
+from ..text import Text
 from .portable import choose_portable
 from .request import Request, answer
 from .results import Choice, choose_for, deliver, read_policy
@@ -79,6 +82,7 @@ class Run(fitted.Run):
         device: str | torch.device = "auto",
         placement: Placement | None = None,
         progress: Progress = silent,
+        wait: bool = False,
     ) -> Pruned:
         """The agent's policy for a size, or the best of ``search`` true evaluations, ready to be written or used.
 
@@ -86,12 +90,14 @@ class Run(fitted.Run):
         command line ``--memory-gb``; both names serve) 10⁹ bytes of all weights; ``flops`` operations a token that
         attends to ``context`` others; ``latency_ms`` and ``tokens_per_second`` by the run's profile. Or a ``policy``:
         itself, its dict, or a JSON file with one. ``portable`` asks for one that every export accepts. Raises
-        ``InputError`` for what cannot be had, before any weight is read.
+        ``InputError`` for what cannot be had, before any weight is read; and for evaluations, which are kept in the
+        run, while another process writes there, unless that is to ``wait``.
         """
         session = self.session(device, placement)
         request = Request(ratio, _weights(weights_gb, memory_gb), flops, latency_ms, tokens_per_second, context)
         work = partial(decide, session, request, search, policy, portable, logged(progress))
-        choice = ranks.from_first(work) if search is None else _shared(session, work)
+        with waiting(wait):
+            choice = ranks.from_first(work) if search is None else _shared(session, work)
         self.grid.check(choice.policy)
         tell("%s: policy from %s, %.1f %% removed", self.path, choice.origin, 100 * self.grid.ratio(choice.policy))
         return Pruned(session, choice)
@@ -149,9 +155,10 @@ class Run(fitted.Run):
         """A pipe can be read once: the first of several processes reads."""
         if text is None:
             return None
-        if isinstance(text, Tensor):
-            require_sequences(text)
-            return text
+        given = Text.of(text).given
+        if isinstance(given, Tensor) and given.dim() == 2:  # of any length
+            require_sequences(given)
+            return given.long()
         length = self.settings.sequence_length
         return ranks.from_first(lambda: Reader.of(self.model_path, length).sequences(text))
 
@@ -189,18 +196,20 @@ class Pruned:
 
     def save_pretrained(
         self, output: str | Path, *, tasks: Tasks | Sequence[str] | str | None = None, force: bool = False,
-        progress: Progress = silent,
+        progress: Progress = silent, wait: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         """Write the checkpoint, as ``ppf prune`` does: weights, tokenizer, generation config and ``ppf.json``.
 
         Layer by layer, so that the result never need fit in memory; what was written is opened again and scored on the
         run's evaluation split, and judged by lm_eval's ``tasks`` if there are any. Returns what ``ppf.json`` holds. All
         or nothing; raises ``InputError`` if ``output`` exists and is not empty, unless ``force``: then it is replaced
-        once the new one is complete.
+        once the new one is complete. One that holds exactly this already is left as it is, with a warning. Raises
+        ``InputError`` while another process writes ``output``, too, unless that is to ``wait``.
         """
         judged = tasks if tasks is None or isinstance(tasks, Tasks) else Tasks.open(tasks)
         work = partial(deliver, self._session, self._choice, output, force, logged(progress), judged)
-        report = ranks.from_first(work)
+        with waiting(wait):
+            report = ranks.from_first(work)
         tell("%s: written, perplexity %.2f", output, report["measured"]["perplexity"])
         return report
 
@@ -230,13 +239,26 @@ def decide(
         return Choice(_given(policy), "given")
     budget = request.budget(session.run)
     if not portable or session.run.settings.portable:
-        return choose_for(session, budget, search, progress)
+        with nullcontext() if search is None else _measuring(session):
+            return choose_for(session, budget, search, progress)
     other = None if budget.requested_ratio is not None else budget.requested
     for name, value in (("search", search), (budget.name, other)):
         if value is not None:
             remedy = "Fit the model with --portable and prune that run, or give --ratio alone"
             raise InputError(name, value, "is not possible with --portable in a run that is not", remedy)
-    return choose_portable(session, budget.requested)
+    with _measuring(session):
+        return choose_portable(session, budget.requested)
+
+
+@contextmanager
+def _measuring(session: Session) -> Iterator[None]:
+    """Alone with the run, whose experience grows, and is one file again in the end."""
+    with locked_folder(session.run.path, "run"):
+        sweep(session.run.path)
+        try:
+            yield
+        finally:
+            session.run.experience.close()
 
 
 def _given(policy: Policy | Mapping[str, Any] | str | Path) -> Policy:

@@ -7,19 +7,20 @@ is a lower bound of the price. An ordinary run knows better: prune that with --p
 from __future__ import annotations
 
 import copy
-import json
 import math
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ..choose.candidates.sampling import mutate, random_levels
-from ..files import write_json
 from ..fitting.evaluation import Evaluator
 from ..fitting.session import Session
+from ..locks import locked_folder
 from ..model.grid import unrestricted
 from ..progress import Progress, silent
+from ..schemas import Count, Finite, Nonnegative
 
 PRICES = "portable.json"
 _RATIOS = (0.3, 0.5)
@@ -27,15 +28,35 @@ _SHARE = 0.1  # of the fit's evaluations, for each ratio
 _PARENTS, _RANDOM = 4, 4
 
 
+class _Price(msgspec.Struct):
+    ratio: Nonnegative
+    perplexity: Nonnegative
+    unrestricted: Nonnegative
+    evaluations: Count
+    cost: Finite
+
+
+class _Prices(msgspec.Struct):
+    prices: list[_Price]
+
+
 def portable_prices(session: Session, progress: Progress = silent) -> list[dict[str, Any]]:
     """Ratio, perplexity of the portable answer, the best found without the restriction, and ``cost``, their quotient
-    less one, for each of a few ratios. Kept in the run, and measured once.
+    less one, for each of a few ratios. Kept in the run, and measured once. Raises ``InputError`` for a damaged file.
 
     Perplexities are by masked evaluation on the run's evaluation text.
     """
     run = session.run
-    file = run.path / PRICES
-    if not file.exists():
+    if not run.files.exists(PRICES):
+        with locked_folder(run.path, "run"):
+            _measure_prices(session, progress)
+    files = run.files.telling("Remove this file: prices are measured again")
+    return msgspec.to_builtins(files.read_json(PRICES, _Prices).prices)
+
+
+def _measure_prices(session: Session, progress: Progress) -> None:
+    run = session.run
+    if not run.files.exists(PRICES):  # another command may have, while it was waited for
         ratios = [ratio for ratio in _RATIOS if ratio < run.grid.maximum_ratio]
         count = max(2 * _PARENTS, round(_SHARE * run.settings.evaluations))
         free = _free(session)
@@ -43,8 +64,7 @@ def portable_prices(session: Session, progress: Progress = silent) -> list[dict[
         for index, ratio in enumerate(ratios):
             prices.append(_price(session, free, ratio, count))
             progress("price", index + 1, len(ratios))
-        write_json(file, {"prices": prices})
-    return json.loads(file.read_text(encoding="utf-8"))["prices"]
+        run.files.write_json(PRICES, {"prices": prices})
 
 
 def _free(session: Session) -> Evaluator:

@@ -12,10 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import checkpoint
 from .._version import versions
-from ..checkpoint.checks import REPORT
-from ..checkpoint.headers import read_json
+from ..checkpoint.report import standing_report
 from ..choose.budget import Budget, RatioBudget
-from ..errors import InputError
+from ..errors import InputError, PPFError
 from ..files import check_output
 from ..fitting.experience import Experience
 from ..fitting.perplexity import computing, log_perplexity_of
@@ -29,6 +28,7 @@ from ..model.policy import Policy
 from ..progress import Progress, silent
 from ..schemas import read_as
 from .request import answer
+from .standing import report_of, stands
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def choose_for(
 ) -> Choice:
     """As :func:`choose`, for a budget in any unit. A search needs one that comes to a ratio."""
     run = session.run
-    agents = answer(run, budget).policy
     if search is None:
-        return Choice(agents, "agent", budget)
+        return Choice(answer(run, budget).policy, "agent", budget)
+    run.require_complete()
     if search < 1:
         raise InputError("search", search, "finds nothing without evaluations", "Use a whole number, at least 1")
     if budget.comes_to is None:
@@ -82,11 +82,10 @@ def choose_for(
     # reported, on the CPU, where one answer is fastest.
     predictor, agent = (copy.deepcopy(module).to(session.device) for module in (run.predictor, run.agent))
     store = run.experience if experience is None else experience
-    searcher = Search(session.evaluator(), store, predictor, agent, budget.comes_to, run.settings.seed)
+    evaluator, seed = session.evaluator(), run.settings.seed
+    searcher = Search(evaluator, store, predictor, agent, budget.comes_to, seed, budget.is_limit)
     policy, _ = searcher.run(search, progress)
-    choice = Choice(policy, "search", budget, search)
-    # A ratio is met from either side, and what a limit comes to as a ratio is, too.
-    return choice if budget.cost(policy) <= budget.limit else replace(choice, policy=agents, origin="agent")
+    return Choice(policy, "search", budget, search)
 
 
 def read_policy(path: str | Path) -> Policy:
@@ -120,10 +119,12 @@ def deliver(
 
     What was written is judged by ``tasks`` too, if there are any. Returns the report that ``ppf.json`` holds. Raises
     ``InputError`` for a policy off the grid, for an ``output`` that may not be written, and for a timed budget or tasks
-    where weights stream, all before any work.
+    where weights stream, all before any work. An ``output`` that holds exactly this already is left as it is.
     """
     run = session.run
     run.grid.check(choice.policy)
+    if not force and (found := standing(session, choice, output, tasks)) is not None:
+        return found
     check_destination(run, output, force)
     source, tokenizer = checkpoint.Checkpoint(run.model_path), checkpoint.load_tokenizer(run.model_path)
     if choice.budget is not None and choice.budget.timed:
@@ -134,12 +135,47 @@ def deliver(
         session.pruned_tensors(choice.policy),
         session.permuted.dtype,
         output,
-        lambda folder: _report(run, choice) | _measured(session, choice, folder, progress, tasks),
+        lambda folder: _report(run, choice, tasks) | _measured(session, choice, folder, progress, tasks),
         tokenizer=tokenizer,
         generation=session.generation_config,
         force=force,
         source=source,
     )
+
+
+def standing(session: Session, choice: Choice, output: str | Path, tasks: Tasks | None = None) -> dict[str, Any] | None:
+    """The report of ``output`` if it holds ``choice`` of this run, measured on this kind of device, and judged by these
+    ``tasks``; None otherwise."""
+    found = report_of(output)
+    if found is None or not isinstance(found.get("measured"), dict):
+        return None
+    budget, told = choice.budget, found.get("budget")
+    if budget is not None:
+        wanted = budget.to_dict() | {"predicted": budget.predicted(choice.policy)}
+        told = {name: (told or {}).get(name) for name in wanted}
+    else:
+        wanted = None
+    same = told == wanted and found["measured"].get("device") == str(session.device)
+    return found if same and stands(output, found, _report(session.run, choice, tasks)) else None
+
+
+def found_before(
+    session: Session, budget: Budget | None, output: str | Path, search: int | None, portable: bool
+) -> Choice | None:
+    """The choice that ``output`` says to be, where finding it again would take evaluations: one of a search of so many,
+    or a portable one. None if it is not, or its policy is not one that this run has measured."""
+    found, run = report_of(output), session.run
+    portable = portable and not run.settings.portable
+    if found is None or budget is None or not (search or portable):
+        return None
+    try:
+        policy = Policy.from_dict(found["policy"])
+        run.grid.check(policy)
+    except (InputError, KeyError, TypeError):
+        return None
+    if run.experience.lookup(policy) is None:
+        return None
+    return Choice(policy, "portable" if portable else "search", budget, search or 0, found.get("portable"))
 
 
 def check_tasks(session: Session, tasks: Tasks | None) -> None:
@@ -159,7 +195,7 @@ def _measured(
     placement = replace(session.placement, weights="gpu") if resident else session.placement
     model = checkpoint.load_or_stream(folder, session.device, "auto", placement)
     scored = computing(model)
-    value = log_perplexity_of(scored, sequences, progress)
+    value = log_perplexity_of(scored, sequences, progress, session.run.scored())
     facts = {"dtype": str(scored.dtype).removeprefix("torch."), "device": str(session.device)}
     judged = tasks and {"tasks": tasks.score(scored, checkpoint.load_tokenizer(folder), progress)}
     return (judged or {}) | {
@@ -174,19 +210,20 @@ def _spent(choice: Choice, model: PreTrainedModel | Decoder) -> dict[str, Any] |
     if choice.budget is None:
         return None
     result = model if isinstance(model, PreTrainedModel) else skeleton(model.config, model.dtype)
-    return choice.budget.report(choice.policy, result)
+    found = choice.budget.report(choice.policy, result)
+    if choice.budget.is_limit and not choice.budget.timed and not choice.budget.is_met(found["delivered"]):
+        raise PPFError(f"the result has {found['delivered']} {found['unit']}, more than {found['requested']} asked for")
+    return found
 
 
 def source_report(model: Path) -> dict[str, Any] | None:
     """What the ``ppf.json`` of a model says that was itself made by PPF, its own source included; None for others."""
-    if not (model / REPORT).exists():
-        return None
     # Its list of files is about that folder; the fingerprint under "model" says what its weights were.
-    return {name: value for name, value in read_json(model / REPORT).items() if name != "files"}
+    return standing_report(model) or None
 
 
-def _report(run: Run, choice: Choice) -> dict[str, Any]:
-    """What is known about a choice before it is materialised."""
+def _report(run: Run, choice: Choice, tasks: Tasks | None) -> dict[str, Any]:
+    """What is known about a choice before it is materialised, and what it will be judged by."""
     prediction, dense = run.predict(choice.policy), run.experience.lookup(run.grid.dense())
     return {
         "policy_from": choice.origin,
@@ -207,6 +244,7 @@ def _report(run: Run, choice: Choice) -> dict[str, Any]:
         "texts": run.manifest["texts"] | {"names": run.manifest["files"]},
         "seed": run.settings.seed,
         "versions": versions(),
+        "tasks_asked": None if tasks is None else {name: tasks.asked(name) for name in tasks.found},
     } | ({} if choice.portable is None else {"portable": choice.portable})
 
 

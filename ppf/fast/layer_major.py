@@ -46,8 +46,9 @@ class Stepper(Protocol):
         """The states that ``moves`` lead to through sub-layer ``kind`` of layer ``index``; may reuse the old ones."""
         ...
 
-    def losses(self, states: Any, tokens: Tensor) -> Tensor:
-        """Summed negative log-likelihood of every state, fp64 [S] in nats, of int64 ``tokens`` [B, T]."""
+    def losses(self, states: Any, tokens: Tensor, scored: Tensor | None = None) -> Tensor:
+        """Summed negative log-likelihood of every state, fp64 [S] in nats, of int64 ``tokens`` [B, T], or of those of
+        them that are ``scored``, bool [B, T]."""
         ...
 
 
@@ -58,21 +59,27 @@ class LayerMajor:
     single policy's text too, whose figure may then differ by a rounding.
     """
 
-    def __init__(self, decoder: Decoder, grid: Grid, sequences: Tensor, stepper: Stepper, reserved: int = 0):
-        """``reserved`` bytes of the device's memory are for what others will keep there."""
+    def __init__(
+        self, decoder: Decoder, grid: Grid, sequences: Tensor, stepper: Stepper, reserved: int = 0,
+        scored: Tensor | None = None,
+    ):  # fmt: skip
+        """``reserved`` bytes of the device's memory are for what others will keep there; ``scored`` bool [N, T] are the
+        tokens that count, None for all."""
         self.decoder, self.grid, self.stepper = decoder, grid, stepper
         self._dense_levels = executed(grid.maximum)
         room, width = memory.room(decoder.device) - reserved, grid.structure.hidden * decoder.dtype.itemsize
         most = memory.tokens_at_once(decoder.device, _INNER_SHARE, decoder.token_bytes)
-        self._set_parts(batches(sequences, decoder.device, most))
+        masks = None if scored is None else batches(scored, decoder.device, most)
+        self._set_parts(batches(sequences, decoder.device, most), masks)
         kept = max(0, int(min(_DENSE_BYTES, _DENSE_SHARE * room)))
         self._deepest = kept // max(1, sequences.numel() * width)
         # While a sub-layer runs, a state that several policies go on from exists twice.
         state = 2 * max(part.numel() for part in self.parts) * width
         self.wave = max(1, min(_LARGEST_WAVE, int(_STATE_SHARE * room) // state))
 
-    def _set_parts(self, parts: Sequence[Tensor]) -> None:
+    def _set_parts(self, parts: Sequence[Tensor], scored: Sequence[Tensor | None] | None = None) -> None:
         self.parts = list(parts)
+        self._scored = [None] * len(self.parts) if scored is None else list(scored)
         self._dense: list[list[Tensor]] = [[] for _ in self.parts]  # of every part: depth 0, 1, …
 
     @torch.no_grad()
@@ -100,7 +107,8 @@ class LayerMajor:
 
     def _sums(self, part: int, rows: Sequence[Sequence[int]]) -> Tensor:
         states, ends = self._through(part, rows)
-        return self.stepper.losses(states, self.parts[part])[torch.tensor(ends, device=self.decoder.device)]
+        found = self.stepper.losses(states, self.parts[part], self._scored[part])
+        return found[torch.tensor(ends, device=self.decoder.device)]
 
     def _through(self, part: int, rows: Sequence[Sequence[int]]) -> tuple[Any, list[int]]:
         """The states after the last layer, and which of them every policy has come to."""
@@ -138,7 +146,13 @@ class LayerMajor:
             raise InputError("sequence-length", given, problem, remedy)
         half = -(-longest // 2)
         memory.note(f"{longest} sequences of one policy do not fit into the GPU's memory: going on with {half} at once")
-        self._set_parts([piece for part in self.parts for piece in part.split(half)])
+        masks = [piece for part, mask in zip(self.parts, self._scored, strict=True) for piece in _cut(part, mask, half)]
+        self._set_parts([piece for part in self.parts for piece in part.split(half)], masks)
+
+
+def _cut(part: Tensor, scored: Tensor | None, rows: int) -> Sequence[Tensor | None]:
+    """``scored`` as ``part`` is cut: so many rows at a time."""
+    return [None] * -(-len(part) // rows) if scored is None else scored.split(rows)
 
 
 def _moves(rows: Sequence[Sequence[int]], start: int, at: list[int]) -> Iterator[list[Move]]:

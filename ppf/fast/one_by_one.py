@@ -47,10 +47,11 @@ class OneByOne:
                 after[at] = states[source]
         return after
 
-    def losses(self, states: list[Tensor], tokens: Tensor) -> Tensor:
+    def losses(self, states: list[Tensor], tokens: Tensor, scored: Tensor | None = None) -> Tensor:
         sums = []
         while states:  # let go of a state as soon as it is scored
-            sums.append(token_losses(self.decoder.frame, states.pop(0), tokens).double().sum())
+            found = token_losses(self.decoder.frame, states.pop(0), tokens)
+            sums.append((found if scored is None else found[scored[:, 1:]]).double().sum())
         return torch.stack(sums)
 
     def _outputs(self, sublayer: int, levels: set[int]) -> Iterable[tuple[int, Tensor | None]]:

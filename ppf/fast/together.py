@@ -20,6 +20,7 @@ from ..families import KINDS
 from ..families.traits import activation
 from ..model.decoder import Decoder
 from ..model.grid import Grid
+from ..text import predicting
 from .members import PreparedLayer, Told, norm_weight, prepared, told
 from .ops import dispatch
 from .ops.grouped import ACTIVATIONS, STEP
@@ -158,17 +159,18 @@ class Together:
         return y.view(-1, *states.shape[1:])
 
     @torch.no_grad()
-    def losses(self, states: States, tokens: Tensor) -> Tensor:
+    def losses(self, states: States, tokens: Tensor, scored: Tensor | None = None) -> Tensor:
         """Summed negative log-likelihood, fp64 [S] in nats, of ``tokens`` int64 [B, T] in every state, each sequence
-        from its second token on."""
+        from its second token on; of those that are ``scored``, bool [B, T], if that is not None."""
         frame, x, length = self.decoder.frame, states.flatten(1, 2), states.shape[2]
         targets, most, sums = tokens.roll(-1, dims=1).flatten(), self._together(x), []
+        counted = None if scored is None else predicting(scored).flatten()
         for first in range(0, len(x), most):
             some = range(first, min(len(x), first + most))
             normed = torch.ops.ppf.grouped_norm(x, self._norm, some, self._epsilon)
             losses = torch.ops.ppf.grouped_losses(normed, frame.head, targets, length, frame.scale, frame.cap)
             # One by one: how torch splits a sum depends on how many it is asked for.
-            sums += [row.double().sum() for row in losses]
+            sums += [(row if counted is None else row[counted]).double().sum() for row in losses]
         return torch.stack(sums)
 
     @staticmethod

@@ -16,7 +16,7 @@ from .. import memory, ranks
 from ..families import KINDS
 from ..model.decoder import Decoder
 from ..model.layer import Layer
-from ..text import batches
+from ..text import batches, predicting
 from ..timings import timed
 
 # Parts of the text that are summed on their own, at least.
@@ -84,8 +84,10 @@ class _Accumulator:
         self.gram = torch.zeros(size, size, device=device)
         self.total = torch.zeros(size, device=device)
 
-    def add(self, inner: Tensor) -> None:
+    def add(self, inner: Tensor, counted: Tensor | None = None) -> None:
+        """Take in ``inner`` [B, T, n], or of its B·T positions those ``counted``, int64 [k]."""
         x = inner.flatten(0, -2)
+        x = x if counted is None else x[counted]
         self.total += x.sum(0, dtype=torch.float32)
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             # Products of 16-bit numbers are exact in fp32, so that the matrix units lose nothing but the order of sums.
@@ -108,8 +110,20 @@ class _Accumulator:
         return Statistics(gram, mean, (gram.diagonal() - mean.square()).clamp_min(0))
 
 
-def calibrate(decoder: Decoder, sequences: Tensor) -> Iterator[LayerStatistics]:
+@dataclass
+class _Shard:
+    """A part of the text: the residual stream of its batches [B, T, hidden], and of each batch the positions of its
+    B·T that count, None for all of them."""
+
+    hidden: list[Tensor]
+    counted: list[Tensor | None]
+
+
+def calibrate(decoder: Decoder, sequences: Tensor, scored: Tensor | None = None) -> Iterator[LayerStatistics]:
     """Yield every layer's statistics in order, from one dense pass over int64 ``sequences`` [N, T].
+
+    If only some tokens are ``scored``, bool [N, T], the statistics are over the positions that predict these: what
+    happens at the others is never used to say something. What they attend to is there all the same.
 
     ``decoder`` is the dense model, in any unit order; the statistics' channels stand in that same order. The layers
     are transformers' own, with a hook on the output projections. Nothing here keeps what was yielded: a caller that
@@ -120,14 +134,23 @@ def calibrate(decoder: Decoder, sequences: Tensor) -> Iterator[LayerStatistics]:
     """
     shards = sequences.tensor_split(min(_shards(ranks.world()), len(sequences)))
     spans = ranks.subtrees(len(shards), ranks.world())
-    device, most = decoder.device, memory.tokens_at_once(decoder.device, _INNER_SHARE, decoder.token_bytes)
-    hidden = {
-        shard: [decoder.frame.begin(batch.to(device)) for batch in batches(shards[shard], device, most)]
-        for shard in spans[ranks.rank()]
-    }
+    most = memory.tokens_at_once(decoder.device, _INNER_SHARE, decoder.token_bytes)
+    masks = [None] * len(shards) if scored is None else predicting(scored).tensor_split(len(shards))
+    parts = {shard: _begun(decoder, shards[shard], masks[shard], most) for shard in spans[ranks.rank()]}
+    tokens = sequences.numel() if scored is None else int(predicting(scored).sum())
     for index in range(decoder.structure.layers):
         # No name for the result, and no decorator around the generator: either would hold it during the next layer.
-        yield _advance(decoder, index, hidden, spans, sequences.numel())
+        yield _advance(decoder, index, parts, spans, tokens)
+
+
+def _begun(decoder: Decoder, sequences: Tensor, counts: Tensor | None, most: int | None) -> _Shard:
+    """The shard of some sequences [N, T], of whose positions those that ``counts`` [N, T] says, or all."""
+    device = decoder.device
+    hidden = [decoder.frame.begin(batch.to(device)) for batch in batches(sequences, device, most)]
+    if counts is None:
+        return _Shard(hidden, [None] * len(hidden))
+    masks = batches(counts, device, most)
+    return _Shard(hidden, [mask.flatten().nonzero().squeeze(1).to(device) for mask in masks])
 
 
 def _shards(processes: int) -> int:
@@ -138,17 +161,17 @@ def _shards(processes: int) -> int:
 @timed("calibrating")
 @torch.no_grad()
 def _advance(
-    decoder: Decoder, index: int, hidden: dict[int, list[Tensor]], spans: list[range], tokens: int
+    decoder: Decoder, index: int, parts: dict[int, _Shard], spans: list[range], tokens: int
 ) -> LayerStatistics:
-    """Statistics of one layer over all shards of all processes, ``tokens`` in all. ``hidden`` are this process's, with
-    their batches [B, T, hidden], which then hold the layer's output."""
+    """Statistics of one layer over all shards of all processes, ``tokens`` in all. ``parts`` are this process's, whose
+    batches then hold the layer's output."""
     sublayers = {kind: part for kind in KINDS if (part := decoder.structure.of(kind)[index]).units}
     layer = decoder.layers[index]
 
     def sums_of(shards: range) -> dict[str, _Accumulator]:
         sums = {kind: _Accumulator(part.width, decoder.device) for kind, part in sublayers.items()}
         for shard in shards:
-            _pass(decoder, index, layer, hidden[shard], sums)
+            _pass(decoder, index, layer, parts[shard], sums)
         return sums
 
     found = _tree(spans[ranks.rank()], sums_of)
@@ -164,12 +187,12 @@ def _tree(span: range, sums_of: Callable[[range], dict[str, _Accumulator]]) -> d
     return {kind: part.merge(right.pop(kind)) for kind, part in left.items()}
 
 
-def _pass(decoder: Decoder, index: int, layer: Layer, hidden: list[Tensor], sums: dict[str, _Accumulator]) -> None:
+def _pass(decoder: Decoder, index: int, layer: Layer, part: _Shard, sums: dict[str, _Accumulator]) -> None:
     """Add one shard's batches to ``sums``, and put the layer's output in their place."""
     widths = {kind: decoder.structure.of(kind)[index].units for kind in KINDS}
     watched = {decoder.family.parts[kind].output_name: kind for kind in sums}
-    for at, x in enumerate(hidden):
+    for at, (x, counted) in enumerate(zip(part.hidden, part.counted, strict=True)):
         told = decoder.frame.context(*x.shape[:2])[index]
-        hidden[at] = decoder.reference(
-            index, widths, layer, x, told, lambda name, x: sums[watched[name]].add(x), tuple(watched)
+        part.hidden[at] = decoder.reference(
+            index, widths, layer, x, told, lambda name, x, c=counted: sums[watched[name]].add(x, c), tuple(watched)
         )

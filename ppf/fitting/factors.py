@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import PPFError
 from ..families import KINDS
-from ..files import write_safetensors
 from ..model.grid import Grid, unrestricted
 from ..model.layer import LayerRanking, expand_units
 from ..timings import timed
@@ -233,13 +231,9 @@ def factorise_layer(
     return found
 
 
-def save_factors(path: Path, factors: Mapping[str, Factors]) -> None:
-    """Write one layer's factors; the dense weights are the checkpoint's and are not stored again."""
-    write_safetensors(path, tensors_of(factors))
-
-
 def tensors_of(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """One layer's factors by kind as the tensors of its file, named as ``STORED`` says."""
+    """One layer's factors by kind as the tensors of its file, named as ``STORED`` says. The dense weights are the
+    checkpoint's and are not stored again."""
     tensors = {}
     for kind, part in factors.items():
         values = part.packed, part.error, torch.tensor(part.boundaries)

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,7 +215,8 @@ def _reloaded(family: Family, saved: dict[str, tuple[_Removal, Tensor]], ids: Te
     # The declaration is data: what it prints as, a new process can read.
     command = [sys.executable, "-c", _RELOAD, json.dumps(ids.tolist()), json.dumps(list(saved)), repr(family)]
     importable = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path.home(), env=importable)
+    with tempfile.TemporaryDirectory(prefix="ppf-check-") as elsewhere:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=importable)
     if done.returncode:
         raise PPFError(f"family {family.model_type}: results do not open in a new process: {done.stderr[-800:]}")
     for folder, found in json.loads(done.stdout.splitlines()[-1]).items():

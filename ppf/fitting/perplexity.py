@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import checkpoint, ranks
 from ..checkpoint.checks import read_config
@@ -22,7 +23,7 @@ from ..model.grid import Grid
 from ..model.precision import compute_dtype
 from ..model.stream import Placement
 from ..progress import Progress, logged, silent
-from ..text import take_tokens
+from ..text import Text, take_tokens
 from .evaluation import Evaluator
 from .evaluation.scoring import in_compute_dtype, model_log_perplexity, require_finite
 from .reader import Reader
@@ -37,6 +38,7 @@ def evaluate(
     selection: Selection | Mapping[str, Any] | str | Path | None = None,
     *,
     tasks: Tasks | Sequence[str] | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     sequence_length: int = 512,
     tokens: int | None = None,
     device: str = "auto",
@@ -48,42 +50,40 @@ def evaluate(
     circumstances; None for what was not asked.
 
     ``model`` is a checkpoint (a folder, an id on the hub, a GGUF file), or a transformers model of one of PPF's
-    families on its own device and in its own dtype; ``text`` anything that :class:`ppf.Text` takes, of which a loaded
-    model takes only token sequences int64 [N, T]. ``tokens`` asks for about so many, evenly spaced, or the first ones
-    of a dataset. With a ``selection`` (or its dict, or its JSON file) only those units count: any other tool's mask,
-    scored without surgery. ``placement`` says where a checkpoint's weights are kept: if they stream, the model is
-    scored layer by layer.
+    families in memory, on its own device and in its own dtype, with its ``tokenizer`` (token sequences need none).
+    ``text`` is anything that :class:`ppf.Text` takes, cut into sequences of ``sequence_length``; sequences int64 [N, T]
+    stay as they are. ``tokens`` asks for about so many, evenly spaced, or the first ones of a dataset. With a
+    ``selection`` (or its dict, or its JSON file) only those units count: any other tool's mask, scored without surgery.
+    ``placement`` says where a checkpoint's weights are kept: if they stream, the model is scored layer by layer.
 
     ``tasks`` are lm_eval's, by name, or :meth:`ppf.Tasks.open` for a folder of items, a limit and a batch size; they
-    need a folder with a tokenizer, and all weights on the device. Raises ``InputError`` for anything wrong with the
-    arguments.
+    need all weights on the device. Raises ``InputError`` for anything wrong with the arguments.
     """
     if text is None and tasks is None:
         raise InputError("text", None, "and tasks are both missing", "Give a text, tasks, or both")
     target_device, progress = str(checkpoint.resolve_device(device)), logged(progress)
-    if isinstance(selection, (str, Path)):
-        selection = Selection.read(selection)
-    elif isinstance(selection, Mapping):
-        selection = Selection.from_dict(dict(selection))
-    if selection is not None:
-        config = model.config if isinstance(model, PreTrainedModel) else read_config(checkpoint.local_folder(model))
-        selection.check(structure_of(family_of(config.model_type), config))
-    opened = None if tasks is None else _opened(tasks, model, selection)
-    sequences, protocol = (None, None) if text is None else _read(model, text, sequence_length, tokens)
+    selection = _selection(selection, model)
+    if tokenizer is not None and not isinstance(model, PreTrainedModel):
+        raise InputError("tokenizer", type(tokenizer).__name__, "is given, and this model has its own", "Drop it")
+    opened = None if tasks is None else _opened(tasks, model, tokenizer, selection)
+    sequences, protocol = (None, None) if text is None else _read(model, tokenizer, text, sequence_length, tokens)
     target = _target(model, selection is not None, target_device, dtype, placement or Placement())
-    start, value, kept = time.perf_counter(), None, None
+    start, value, kept, judged = time.perf_counter(), None, None, None
     if opened is not None:
         opened.check(target.config.max_position_embeddings, isinstance(target, PreTrainedModel))
-    if selection is not None:
-        value, kept = _selected(target, selection, sequences)
-    elif sequences is not None:
-        value = log_perplexity_of(target, sequences, progress)
+    with _inference(target):
+        if selection is not None:
+            value, kept = _selected(target, selection, sequences)
+        elif sequences is not None:
+            value = log_perplexity_of(target, sequences, progress)
+        if opened is not None:
+            judged = _figures(opened, target, tokenizer or checkpoint.load_tokenizer(model), progress)
     return {
         "model": str(getattr(model, "name_or_path", model)),
         "from": {"kind": "memory"} if isinstance(model, PreTrainedModel) else checkpoint.locate(model).source,
         "perplexity": None if value is None else math.exp(value),
         "log_perplexity": value,
-        "tasks": None if opened is None else _figures(opened, target, model, progress),
+        "tasks": judged,
         "selection": kept,
         "protocol": None if protocol is None else protocol.to_dict(),
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -105,60 +105,113 @@ def computing(target: PreTrainedModel | Decoder) -> PreTrainedModel | Decoder:
     return target.to(compute_dtype(target.dtype, target.device))
 
 
-def log_perplexity_of(target: PreTrainedModel | Decoder, sequences: Tensor, progress: Progress = silent) -> float:
-    """Nats a token of int64 ``sequences`` [N, T]: of a model by its own forward pass, of a decoder layer by layer.
+def log_perplexity_of(
+    target: PreTrainedModel | Decoder, sequences: Tensor, progress: Progress = silent, scored: Tensor | None = None
+) -> float:
+    """Nats a token of int64 ``sequences`` [N, T], or of the tokens ``scored``, bool [N, T]: of a model by its own
+    forward pass, of a decoder layer by layer.
 
     Raises what :func:`ppf.fitting.evaluation.scoring.model_log_perplexity` raises.
     """
     if isinstance(target, PreTrainedModel):
-        return model_log_perplexity(target, sequences, progress)
+        return model_log_perplexity(target, sequences, progress, scored)
     grid = Grid(target.structure, 1)
-    value = Evaluator(target, grid, sequences).log_perplexity(grid.dense())
+    value = Evaluator(target, grid, sequences, scored=scored).log_perplexity(grid.dense())
     require_finite(value, target.dtype)
     progress("score", sequences.numel(), sequences.numel())
     return value
 
 
 def _read(
-    model: str | Path | PreTrainedModel, text: Any, length: int, tokens: int | None
-) -> tuple[Tensor, Protocol | None]:
-    if isinstance(text, Tensor):
-        require_sequences(text)
-        return take_tokens(text, tokens), None
-    if isinstance(model, PreTrainedModel):
-        problem = "needs a tokenizer, which a loaded model has not"
-        raise InputError("text", text, problem, "Give token sequences, or the folder of the checkpoint as model")
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: Any, length: int,
+    tokens: int | None,
+) -> tuple[Tensor, Protocol]:  # fmt: skip
     most = None if tokens is None else max(1, tokens // length)
-    reading = Reader.of(model, length).read(text, most=most)
+    reading = _reader(model, tokenizer, Text.of(text).given, length).read(text, most=most)
     sequences = take_tokens(reading.sequences, tokens).long()
     part = reading.part(len(sequences) == len(reading.sequences))
     return sequences, Protocol.of_reading(reading, sequences, part)
 
 
+def _reader(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, given: Any, length: int
+) -> Reader:
+    """What reads ``given`` for ``model``; sequences need neither a tokenizer nor a length."""
+    in_memory = isinstance(model, PreTrainedModel)
+    if isinstance(given, Tensor) and (given.dim() == 2 or (in_memory and tokenizer is None)):
+        require_sequences(given)
+        return Reader(None, _config(model).vocab_size, given.shape[1], None)
+    if not in_memory:
+        return Reader.of(model, length)
+    return Reader.with_tokenizer(model.config, _required(tokenizer, "this text needs"), length)
+
+
+def _required(tokenizer: PreTrainedTokenizerBase | None, why: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        problem = f"is missing: a model in memory has none, and {why} one"
+        raise InputError("tokenizer", None, problem, "Give tokenizer=AutoTokenizer.from_pretrained(...)")
+    return tokenizer
+
+
 def require_sequences(text: Tensor) -> None:
     """Raise ``InputError`` unless ``text`` are token sequences."""
-    if text.dim() != 2 or text.dtype is not torch.int64 or text.shape[1] < 2:
+    if text.dim() != 2 or text.dtype not in (torch.int64, torch.int32) or text.shape[1] < 2:
         given = f"{text.dtype} {list(text.shape)}"
         raise InputError("text", given, "are not token sequences", "Give int64 [N, T], T at least 2")
 
 
 def _opened(
-    tasks: Tasks | Sequence[str] | str, model: str | Path | PreTrainedModel, selection: Selection | None
+    tasks: Tasks | Sequence[str] | str,
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    selection: Selection | None,
 ) -> Tasks:
     """The tasks, before any work. Raises ``InputError`` for what cannot be judged by tasks."""
     if selection is not None:
         remedy = "Score the selection on a text, or prune and judge the result"
         raise InputError("selection", "given", "is not possible with tasks", remedy)
     if isinstance(model, PreTrainedModel):
-        problem = "need a tokenizer, which a loaded model has not"
-        raise InputError("tasks", "given", problem, "Give the folder of the checkpoint as model")
+        _required(tokenizer, "tasks need")
     return tasks if isinstance(tasks, Tasks) else Tasks.open(tasks)
 
 
-def _figures(tasks: Tasks, target: PreTrainedModel, model: str | Path, progress: Progress) -> dict[str, Any]:
+def _figures(
+    tasks: Tasks, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> dict[str, Any]:
     """What ``tasks`` say: in the first process, to all."""
-    tokenizer = checkpoint.load_tokenizer(model)
     return ranks.from_first(lambda: tasks.score(target, tokenizer, progress))
+
+
+def _selection(
+    selection: Selection | Mapping[str, Any] | str | Path | None, model: str | Path | PreTrainedModel
+) -> Selection | None:
+    """The units that count, of those that ``model`` has."""
+    if isinstance(selection, (str, Path)):
+        selection = Selection.read(selection)
+    elif isinstance(selection, Mapping):
+        selection = Selection.from_dict(dict(selection))
+    if selection is not None:
+        config = _config(model)
+        selection.check(structure_of(family_of(config.model_type), config))
+    return selection
+
+
+def _config(model: str | Path | PreTrainedModel) -> PreTrainedConfig:
+    return model.config if isinstance(model, PreTrainedModel) else read_config(checkpoint.local_folder(model))
+
+
+@contextmanager
+def _inference(target: PreTrainedModel | Decoder) -> Iterator[None]:
+    """Without dropout, of a caller's model in training too, which is left as it was."""
+    modules = target.modules() if isinstance(target, PreTrainedModel) else ()
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _target(

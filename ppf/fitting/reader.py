@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoint import load_tokenizer, local_folder, read_config
 from ..checkpoint.hashes import sha256_of
@@ -53,9 +54,12 @@ class Reader:
     def of(cls, model: str | Path, length: int) -> Reader:
         """The reader of a checkpoint. Raises ``InputError`` for sequences longer than its context, and for a missing
         tokenizer or begin token."""
-        config = read_config(local_folder(model))
+        return cls.with_tokenizer(read_config(local_folder(model)), load_tokenizer(model), length)
+
+    @classmethod
+    def with_tokenizer(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> Reader:
+        """The same for a model of which these are at hand."""
         check_context(length, config.max_position_embeddings)
-        tokenizer = load_tokenizer(model)
         return cls(tokenizer, config.vocab_size, length, begin_token(family_of(config.model_type), tokenizer))
 
     @timed("reading text")

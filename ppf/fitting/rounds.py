@@ -5,15 +5,17 @@ RUN/rounds.json is written whole after every round, so that a killed fit finds w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import msgspec
 import torch
 
 from ..choose.predictor import Prediction
-from ..files import write_json
+from ..schemas import Count, Nonnegative
+from ..sealed import Sealed
+
+ROUNDS = "rounds.json"
 
 _IN_A_ROW = 2
 
@@ -23,10 +25,10 @@ class Round:
     """One round: its number, how many of its ``policies`` the agent gave, and two medians over those, in nats: ``gap``
     between predicted and measured log-perplexity, and ``expected``, the predictor's own standard uncertainty."""
 
-    index: int
-    policies: int
-    gap: float
-    expected: float
+    index: Count
+    policies: Count
+    gap: Nonnegative
+    expected: Nonnegative
 
     @classmethod
     def of(cls, index: int, prediction: Prediction, measured: Sequence[float]) -> Round:
@@ -35,20 +37,25 @@ class Round:
         return cls(index, len(measured), float(gap), float(prediction.std.median()))
 
 
-class Journal:
-    """The rounds so far, kept in the file ``path``, or in memory only if that is None."""
+class _Rounds(msgspec.Struct):
+    rounds: list[Round]
 
-    def __init__(self, path: Path | None = None):
-        self._path = path
+
+class Journal:
+    """The rounds so far, kept among the ``files`` of a run, or in memory only if that is None."""
+
+    def __init__(self, files: Sealed | None = None):
+        """Raises ``InputError`` for a damaged file."""
+        self._files = files
         self.rounds: dict[int, Round] = {}
-        if path is not None and path.exists():
-            self.rounds = {row["index"]: Round(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
+        if files is not None and files.exists(ROUNDS):
+            self.rounds = {row.index: row for row in files.read_json(ROUNDS, _Rounds).rounds}
 
     def add(self, round_: Round) -> None:
         """Write one more round."""
         self.rounds[round_.index] = round_
-        if self._path is not None:
-            write_json(self._path, [asdict(self.rounds[index]) for index in sorted(self.rounds)])
+        if self._files is not None:
+            self._files.write_json(ROUNDS, {"rounds": [asdict(self.rounds[index]) for index in sorted(self.rounds)]})
 
     def settled(self, index: int) -> bool:
         """True if in round ``index`` and the one before the predictor was no further off than it expected to be."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .. import checkpoint, memory
-from ..families import KINDS
 from ..fast.permute import identity, permuted, take_permuted
 from ..model.decoder import Decoder
 from ..model.grid import Grid
@@ -21,11 +20,9 @@ from ..model.stream import Host, Placement, Staged, Stream
 from ..timings import timed
 from .evaluation import Evaluator
 from .evaluation.shared import evaluator_class
-from .factors import STORED
 from .library import Library, library_bytes
 from .materialize import materialize, pruned_tensors
 from .run import Run
-from .run.directory import layer_file
 
 # Factors stay on a GPU if they take no more than this share of what the weights leave; solving them takes more.
 _FACTORS_SHARE = 0.4
@@ -94,9 +91,10 @@ class Session:
         """
         made_by = evaluator_class(self, dtype, refit, sequences)
         dtype = dtype or compute_dtype(self.permuted.dtype, self.device)
+        scored = self.run.scored() if sequences is None else None
         sequences = self.run.sequences() if sequences is None else sequences
         library = self.library.to(dtype) if refit else None
-        return made_by(self.permuted.to(dtype), self.run.grid, sequences, library)
+        return made_by(self.permuted.to(dtype), self.run.grid, sequences, library, scored)
 
     def materialize(self, policy: Policy, refit: bool = True) -> PreTrainedModel:
         """The physically smaller model of ``policy``, in the checkpoint's dtype on this session's device.
@@ -121,10 +119,7 @@ class Session:
 
     def factor_tensors(self, index: int) -> dict[str, Tensor]:
         """One layer's file of the library, memory-mapped. Raises ``InputError`` if it is damaged."""
-        kinds = [kind for kind in KINDS if self.run.structure.of(kind)[index].units]
-        needed = [f"{kind}.{name}" for kind in kinds for name in STORED]
-        tensors = self.run.tensors(layer_file("library", index), *needed)
-        return {name: tensors[name] for name in needed}
+        return self.run.factors(index)
 
     def _factors(self) -> Sequence[Mapping[str, Tensor]]:
         layers, size = range(self.run.structure.layers), library_bytes(self.run.grid)

@@ -12,11 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import checkpoint, ranks
 from .._version import versions
+from ..checkpoint.hashes import hash_folder
 from ..choose.agent import error_energies
 from ..errors import InputError
 from ..families import KINDS, family_of
 from ..fast.permute import permute_layer
-from ..files import require_space, write_json, write_safetensors
+from ..files import require_space
+from ..leftovers import is_temporary_of
+from ..locks import for_all, is_lock, sweep, waiting
 from ..model.decoder import Decoder
 from ..model.geometry import structure_of
 from ..model.layer import LayerRanking
@@ -26,18 +29,22 @@ from ..model.structure import Structure
 from ..progress import Progress, silent
 from ..text import Splits, check_context
 from ..timings import seconds, since, timed
+from .alone import alone_in, may_write
 from .calibration import LayerStatistics, calibrate
 from .collection import collect
 from .evaluation.shared import led
-from .factors import factorise_layer, save_factors
+from .experience import Experience
+from .factors import factorise_layer, tensors_of
 from .in_memory import placed
 from .learning import Learning, learn
 from .library import library_bytes
+from .own_answers import Answers, OwnAnswers
 from .ranking import rank_layer
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
-from .rounds import Journal
+from .rounds import ROUNDS, Journal
 from .run import Run, Settings
-from .run.directory import MANIFEST, MODEL, ROUNDS, layer_file, read_manifest
+from .run.directory import AGENT, MODEL, PREDICTOR, TEXTS, layer_file
+from .run.manifest import EXPERIENCE, MANIFEST, in_memory, read_manifest, sealed, write_manifest
 from .run.settings import portable_settings, settings_of
 from .search.exploration import check_evaluations
 from .session import Session
@@ -46,7 +53,6 @@ from .texts import Texts
 # The agent that stays is trained longer than those that only propose the next round.
 _FINAL_EFFORT = 2.0
 _FINAL_EXPERTS = 2
-_TEXTS = "texts.safetensors"
 # Texts, statistics, experience, predictor and agent beside the library: generously.
 _OTHER_FILES = 64 << 20
 
@@ -59,9 +65,13 @@ def fit(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: Settings | None = None,
     eval_text: Any = None,
+    own_answers: Any = None,
+    answer_tokens: int | None = None,
+    answer_temperature: float | None = None,
     device: str = "auto",
     placement: Placement | None = None,
     progress: Progress = silent,
+    wait: bool = False,
     **values: Any,
 ) -> Run:
     """Learn how much every layer of ``model`` can lose; leaves a run in ``output`` and returns it.
@@ -71,10 +81,13 @@ def fit(
 
     Texts are paths, datasets, iterables of strings or token ids, or a :class:`ppf.Text` of one of these. Calibration
     uses the first three quarters of ``text`` and evaluation the rest, or ``eval_text`` if given; of a dataset no more
-    is read than both need. If
+    is read than both need. ``own_answers`` are prompts, texts or chats: the model answers them first, with at most
+    ``answer_tokens`` tokens each (128) drawn at ``answer_temperature`` (1), and these answers calibrate in the place of
+    ``text``, which may then be None or a text to evaluate on; :mod:`ppf.fitting.own_answers` says more. If
     ``output`` holds an unfinished fit of the same model, texts and settings, it goes on where that stopped; a finished
     one is returned as it is. ``placement`` says where the weights are kept, by default on the device if they fit.
-    Raises ``InputError`` for anything wrong with the arguments, before any work.
+    Raises ``InputError`` for anything wrong with the arguments, before any work, and while another process writes into
+    ``output``, unless that is to ``wait``.
 
     Settings come as ``settings`` or one by one, under the names of :class:`Settings`: ``evaluations=600``.
     ``progress(stage, done, total)`` is called as the work goes on, and the logger "ppf" is told of every stage.
@@ -83,10 +96,13 @@ def fit(
     and get the same run; ``output`` must be a folder that all of them see.
     """
     before, settings, output = seconds(), settings_of(settings, values), Path(output)
+    asked = OwnAnswers.asked(own_answers, answer_tokens, answer_temperature)
     if isinstance(model, PreTrainedModel):
-        with placed(model, tokenizer, output) as folder:
+        alone = for_all(lambda: alone_in(output, copying=True))
+        with waiting(wait), alone, placed(model, tokenizer, output) as folder:
             return fit(
-                folder, text, output, settings=settings, eval_text=eval_text, device=device, placement=placement,
+                folder, text, output, settings=settings, eval_text=eval_text, own_answers=own_answers,
+                answer_tokens=answer_tokens, answer_temperature=answer_temperature, device=device, placement=placement,
                 progress=progress,
             )  # fmt: skip
     target = checkpoint.resolve_device(device)
@@ -95,20 +111,22 @@ def fit(
     check_context(settings.sequence_length, config.max_position_embeddings)
     settings = portable_settings(settings, structure) if settings.portable else settings
     check_evaluations(settings.evaluations, settings.grid(structure))
-    decoder = _prepare(model, text, eval_text, output, settings, structure, target, placement)
-    session = Session(Run(output), target, decoder, placement)
-    del decoder  # the session alone has it: what wants it in ranking order takes it over
-    if not session.run.is_complete:
-        started = time.perf_counter()
-        _calibrate(session, progress)
-        led(session, lambda: _conclude(session, started, before, progress))
+    answers = asked and Answers(model, asked, settings, target, placement, progress)
+    texts = Texts(model, text, eval_text, settings, answers)
+    with waiting(wait), for_all(lambda: alone_in(output)):
+        decoder = _prepare(model, texts, output, settings, structure, target, placement)
+        session = Session(Run(output), target, decoder, placement)
+        del decoder  # the session alone has it: what wants it in ranking order takes it over
+        if not session.run.is_complete:
+            started = time.perf_counter()
+            _calibrate(session, progress)
+            led(session, lambda: _conclude(session, started, before, progress))
     return Run(output)
 
 
 def _prepare(
     model: str | Path,
-    text: Any,
-    eval_text: Any,
+    texts: Texts,
     output: Path,
     settings: Settings,
     structure: Structure,
@@ -119,17 +137,15 @@ def _prepare(
 
     A new run's model is read, and returned, before anything is written: NaN and Inf weights show only then.
     """
-    question, parts = ranks.from_first(lambda: _question(model, text, eval_text, output, settings, structure))
+    question, parts = ranks.from_first(lambda: _question(model, texts, output, settings, structure))
     if parts is None:
         return None
     with timed("reading weights"):
         decoder = checkpoint.load_decoder(model, device=str(device), placement=placement)
     _require_weights(decoder, settings)
-    parts, texts = parts
-    found = checkpoint.locate(model)
-    source = {"kind": "memory"} if found.folder == output / MODEL else found.source
-    place = {"model": str(found.folder.resolve()), "source": source}
-    manifest = {**place, **texts, "versions": versions(), "state": "fitting"}
+    parts, facts = parts
+    about = {"vocabulary": decoder.config.vocab_size, "versions": versions(), "state": "fitting"}
+    manifest = _place(output, model) | facts | about
     ranks.from_first(lambda: _begin(output, parts, question | manifest, library_bytes(settings.grid(structure))))
     return decoder
 
@@ -142,14 +158,12 @@ def _require_weights(decoder: Decoder, settings: Settings) -> None:
 
 def _question(
     model: str | Path,
-    text: Any,
-    eval_text: Any,
+    texts: Texts,
     output: Path,
     settings: Settings,
     structure: Structure,
 ) -> tuple[dict[str, Any], tuple[Splits, dict[str, Any]] | None]:
     """What is asked, and unless ``output`` holds a run that asks the same, the texts and what is said of them."""
-    texts = Texts(model, text, eval_text, settings)
     question = {
         "fingerprint": checkpoint.fingerprint(model),
         "structure": structure.to_dict(),
@@ -158,23 +172,41 @@ def _question(
     }
     if output.exists() and (not output.is_dir() or not all(_unfinished_start(f, model) for f in output.iterdir())):
         _require_same(output, question)
+        sweep(output)
+        _remember(output, model)
         return question, None
+    sweep(output)
     return question, (texts.splits(), texts.facts)
+
+
+def _place(output: Path, model: str | Path) -> dict[str, Any]:
+    """Where the dense model is, and where it came from."""
+    found = checkpoint.locate(model)
+    source = {"kind": "memory"} if found.folder == output / MODEL else found.source
+    return {"model": str(found.folder.resolve()), "source": source}
+
+
+def _remember(output: Path, model: str | Path) -> None:
+    """Take down where the dense model is now, if it is no longer where the run says. It is the same one."""
+    manifest = read_manifest(output)
+    if not in_memory(manifest) and not Path(manifest["model"]).is_dir() and may_write(output):
+        write_manifest(output, manifest | _place(output, model))
 
 
 def _begin(output: Path, parts: Splits, manifest: dict[str, Any], library: int) -> None:
     """Make ``output`` a run without results; ``library`` are the bytes that its largest part will have."""
     require_space(output, library + _OTHER_FILES)
     output.mkdir(parents=True, exist_ok=True)
-    tensors = {"calibration": parts.calibration.int(), "evaluation": parts.evaluation.int()}
-    write_safetensors(output / _TEXTS, tensors)
-    write_json(output / MANIFEST, manifest)
+    files = sealed(output, manifest)
+    files.write_safetensors(TEXTS, parts.tensors())
+    Experience(output / EXPERIENCE, files.owner).close()
+    write_manifest(output, manifest | {"model_files": hash_folder(output / MODEL) if in_memory(manifest) else {}})
 
 
 def _unfinished_start(file: Path, model: str | Path) -> bool:
     """True for what a fit of ``model`` leaves that was killed before it had written its manifest."""
-    temporary = file.name.endswith(".tmp") and file.name.startswith((f".{_TEXTS}.", f".{MANIFEST}."))
-    return file.name == _TEXTS or temporary or (file.name == MODEL and file == Path(model))
+    left = is_lock(file.name, MODEL) or is_temporary_of(file.name, TEXTS, EXPERIENCE, MANIFEST, MODEL)
+    return file.name in (TEXTS, EXPERIENCE) or left or (file.name == MODEL and file == Path(model))
 
 
 def _require_same(output: Path, question: dict[str, Any]) -> None:
@@ -188,6 +220,9 @@ def _require_same(output: Path, question: dict[str, Any]) -> None:
     if name := ours.difference(theirs):
         problem = f"is a run with {name.replace('_', '-')} = {getattr(theirs, name)}, not {getattr(ours, name)}"
         raise InputError("output", output, problem, remedy)
+    if manifest["texts"].get("own_answers") != question["texts"].get("own_answers"):
+        problem = "is a run with other own answers: prompts, --answer-tokens or --answer-temperature"
+        raise InputError("output", output, problem, remedy)
     if manifest["texts"] != question["texts"]:
         raise InputError("output", output, "is a run on another text", remedy)
 
@@ -198,14 +233,14 @@ def _calibrate(session: Session, progress: Progress) -> None:
     All of n processes have all statistics. Process r stores layers r, r + n, …, so that they factorise side by side.
     """
     run, layers, processes = session.run, session.run.structure.layers, ranks.world()
-    if ranks.from_first(lambda: all((run.path / layer_file("library", index)).exists() for index in range(layers))):
+    if ranks.from_first(lambda: all(run.files.exists(layer_file("library", index)) for index in range(layers))):
         return
     for folder in ("statistics", "library"):
         (run.path / folder).mkdir(exist_ok=True)
     computing = session.decoder.to(compute_dtype(session.decoder.dtype, session.device))
-    sequences = run.sequences("calibration")
-    scores = _scores(session, computing, sequences)
-    stream, mine = calibrate(computing, sequences), []
+    sequences, scored = run.sequences("calibration"), run.scored("calibration")
+    scores = _scores(session, computing, sequences, scored)
+    stream, mine = calibrate(computing, sequences, scored), []
     progress("calibrate", 0, layers)
     for index in range(layers):
         own = index - index % processes + ranks.rank()
@@ -221,7 +256,7 @@ def _calibrate(session: Session, progress: Progress) -> None:
     ranks.barrier()
 
 
-def _scores(session: Session, decoder: Decoder, sequences: Tensor) -> list[Scores | None]:
+def _scores(session: Session, decoder: Decoder, sequences: Tensor, scored: Tensor | None) -> list[Scores | None]:
     """Every layer's scores for a ranking by gradients, the first process's in all; None each for other rankings."""
     settings = session.run.settings
     if settings.ranking not in GRADIENT_RANKINGS:
@@ -229,7 +264,7 @@ def _scores(session: Session, decoder: Decoder, sequences: Tensor) -> list[Score
     _require_weights(decoder, settings)
 
     def found() -> list[dict[str, Tensor]]:
-        layers = gradient_scores(settings.ranking, decoder, sequences, settings.seed)
+        layers = gradient_scores(settings.ranking, decoder, sequences, settings.seed, scored)
         return [{kind: score.cpu() for kind, score in layer.items()} for layer in layers]
 
     return [{kind: score.to(session.device) for kind, score in layer.items()} for layer in ranks.from_first(found)]
@@ -239,10 +274,10 @@ def _store_layer(session: Session, index: int, statistics: LayerStatistics, scor
     """Write one layer's statistics, ranking and library; the library comes last and marks the layer as done."""
     run, decoder = session.run, session.decoder
     ranking = rank_layer(run.settings.ranking, decoder, index, statistics, scores)
-    write_safetensors(run.path / layer_file("statistics", index), _layer_tensors(statistics, ranking))
+    run.files.write_safetensors(layer_file("statistics", index), _layer_tensors(statistics, ranking))
     ranked = permute_layer(decoder.names(index), decoder.layers[index], ranking)
     factors = factorise_layer(decoder.names(index).outputs(ranked), statistics, ranking, run.grid, index)
-    save_factors(run.path / layer_file("library", index), factors)
+    run.files.write_safetensors(layer_file("library", index), tensors_of(factors))
 
 
 def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[str, Tensor]:
@@ -266,23 +301,34 @@ def _learn(session: Session, progress: Progress) -> None:
     evaluator = session.evaluator()
     energies = error_energies([evaluator.library.error(s) for s in range(run.grid.sublayers)], run.grid)
     how = Learning(settings.predictor, settings.agent, energies)
-    journal = Journal(run.path / ROUNDS)
+    journal = Journal(run.files)
     collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how, journal, settings.early_stop)
     progress("learn", 0, 1)
     rows = run.experience.rows()
     fitted = learn(
         run.grid, rows, settings.seed, session.device, effort=_FINAL_EFFORT, learning=how, experts=_FINAL_EXPERTS
     )
-    write_safetensors(run.path / "predictor.safetensors", fitted.predictor.state_dict())
-    write_safetensors(run.path / "agent.safetensors", fitted.agent.state_dict())
+    run.files.write_safetensors(PREDICTOR, fitted.predictor.state_dict())
+    run.files.write_safetensors(AGENT, fitted.agent.state_dict())
     progress("learn", 1, 1)
 
 
 @timed("finishing")
 def _finish(session: Session, took: float, before: dict[str, float]) -> None:
-    """Mark the run as complete; it says where the time of this process went since ``before``."""
+    """Mark the run as complete, with the checksums of all that it consists of; it says where the time of this process
+    went since ``before``."""
     run = session.run
+    rows, last = run.experience.state
     run.experience.close()  # folds the write-ahead log into the file: a finished run can be copied
     device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
     told = {"state": "complete", "device": device, "seconds": took, "timings": since(before)}
-    write_json(run.path / MANIFEST, run.manifest | told)
+    sums = {"seals": _seals(run), "experience": {"rows": rows, "checksum": last}}
+    write_manifest(run.path, run.manifest | told | sums)
+
+
+def _seals(run: Run) -> dict[str, str]:
+    """The checksums of all files of a finished fit, as they stand in them."""
+    layers = range(run.structure.layers)
+    names = [layer_file(folder, index) for folder in ("statistics", "library") for index in layers]
+    names += [TEXTS, PREDICTOR, AGENT] + ([ROUNDS] if run.files.exists(ROUNDS) else [])
+    return {name: run.files.seal(name) for name in names}

@@ -62,6 +62,18 @@ def policy_of(config: PreTrainedConfig) -> Policy:
     return Policy(**{kind: [layer[kind][0] for layer in layers] for kind in KINDS})
 
 
+def dense_structure(config: PreTrainedConfig) -> Structure:
+    """The structure before pruning of ``config``'s model, as its configuration still tells it: the global fields of one
+    whose layers have widths of their own. Of a uniform result nothing but its own sizes is left."""
+    family = family_of(config.model_type)
+    if config.model_type != family.result_type:
+        return structure_of(family, config)
+    common = {key: value for key, value in config.to_dict().items() if key not in (*_NOT_CARRIED, *family.width_fields)}
+    common["head_dim"] = head_dim_of(config)
+    dense = classes_of(family.model_type)["Config"](**common, **_dense_fields(family, config))
+    return structure_of(family, dense)
+
+
 def expected_tensors(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Name and shape of every weight of ``config``'s model; a tied head is not listed."""
     shapes = {name: tensor.shape for name, tensor in _on_meta(config).state_dict().items()}

@@ -52,6 +52,8 @@ class PerLayerConfig:
 
     # Layers differ in their number of kv heads, so no single tensor-parallel split fits all of them.
     base_model_tp_plan = None
+    # No code comes with the weights. TRL asks this of every configuration whose model is not one of transformers' own.
+    auto_map = {}
 
     def layer_widths(self) -> list[tuple[int, int, int]]:
         """(query heads, kv heads, FFN channels) of every layer, length L."""

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from ..errors import InputError
+from ..schemas import parse_as
 
 FORMAT = 2
 """Version of a policy's JSON. Format 1 had no version and one list for attention and one for FFN at its top."""
+
+
+class _Stored(msgspec.Struct):
+    """The JSON, whose widths may be wrong still: only a grid knows."""
+
+    format: Literal[2]
+    widths: dict[str, list[int]]
 
 
 class Policy(Mapping[str, tuple[int, ...]]):
@@ -23,7 +33,7 @@ class Policy(Mapping[str, tuple[int, ...]]):
     def __init__(self, /, attention: Sequence[int], ffn: Sequence[int], **others: Sequence[int]):
         # index() and not int(): a width of 170.67 is a mistake of the caller, never 170.
         given = {"attention": attention, "ffn": ffn} | others
-        self._widths = {kind: tuple(index(w) for w in widths) for kind, widths in given.items()}
+        self._widths = {kind: tuple(map(index, widths)) for kind, widths in given.items()}
 
     def __getitem__(self, kind: str) -> tuple[int, ...]:
         return self._widths[kind]
@@ -65,22 +75,10 @@ class Policy(Mapping[str, tuple[int, ...]]):
     @classmethod
     def from_dict(cls, data: Any) -> Policy:
         """Inverse of :meth:`to_dict`. Raises ``InputError`` for anything else, files of format 1 among them."""
-        remedy = (
-            f'Write {{"format": {FORMAT}, "widths": {{"attention": [kv-groups of each layer], '
-            '"ffn": [channels of each layer]}}'
-        )
-        if isinstance(data, dict) and "format" not in data and {"attention", "ffn"} <= set(data):
-            raise InputError("policy", "format 1", "was written by an older PPF (two lists, no format)", remedy)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            given = data.get("format", "(none)") if isinstance(data, dict) else type(data).__name__
-            raise InputError("policy.format", given, "is not a format this PPF reads", remedy)
-        widths = data.get("widths")
-        if not isinstance(widths, dict) or not {"attention", "ffn"} <= set(widths):
-            raise InputError("policy.widths", widths, "is not a map with the kinds attention and ffn", remedy)
-        for kind, values in widths.items():
-            if not isinstance(values, list) or any(isinstance(w, bool) or not isinstance(w, int) for w in values):
-                raise InputError(f"policy.widths.{kind}", values, "is not a list of whole numbers", remedy)
-        return cls(**widths)
+        try:
+            return cls(**msgspec.convert(data, _Stored).widths)
+        except (msgspec.ValidationError, TypeError):  # another shape, or a kind of sub-layer missing
+            raise _refused(data) from None
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -89,7 +87,26 @@ class Policy(Mapping[str, tuple[int, ...]]):
     def from_json(cls, text: str) -> Policy:
         """Inverse of :meth:`to_json`. Raises ``InputError`` on text that is not a policy."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError("policy", text[:80], f"is not JSON ({error})", "Give a policy that PPF wrote") from None
-        return cls.from_dict(data)
+            return cls(**msgspec.json.decode(text, type=_Stored).widths)
+        except (msgspec.DecodeError, TypeError, RecursionError):
+            return cls.from_dict(parse_as(Any, "policy", text[:80], text, "Give a policy that PPF wrote"))
+
+
+def _refused(data: Any) -> InputError:
+    """Why ``data`` is not a policy."""
+    remedy = (
+        f'Write {{"format": {FORMAT}, "widths": {{"attention": [kv-groups of each layer], '
+        '"ffn": [channels of each layer]}}'
+    )
+    if isinstance(data, dict) and "format" not in data and {"attention", "ffn"} <= set(data):
+        return InputError("policy", "format 1", "was written by an older PPF (two lists, no format)", remedy)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        given = data.get("format", "(none)") if isinstance(data, dict) else type(data).__name__
+        return InputError("policy.format", given, "is not a format this PPF reads", remedy)
+    widths = data.get("widths")
+    if not isinstance(widths, dict) or not {"attention", "ffn"} <= set(widths):
+        return InputError("policy.widths", widths, "is not a map with the kinds attention and ffn", remedy)
+    for kind, values in widths.items():
+        if not isinstance(values, list) or any(isinstance(w, bool) or not isinstance(w, int) for w in values):
+            return InputError(f"policy.widths.{kind}", values, "is not a list of whole numbers", remedy)
+    return InputError("policy", data, "is not a policy", remedy)

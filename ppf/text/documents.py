@@ -69,7 +69,7 @@ class Writer:
         found, total = [torch.empty(0, dtype=torch.int32)], 0
         while group := list(islice(documents, _TOGETHER)):
             for document, ids in zip(group, self._ids(group), strict=True):
-                self._digest.update(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                self._digest.update(as_line(document))
                 self.count, total = self.count + 1, total + len(ids)
                 found.append(ids)
                 if most is not None and total >= most:
@@ -79,11 +79,11 @@ class Writer:
     def _ids(self, group: list[str | list[dict[str, Any]]]) -> Iterator[Tensor]:
         """The ids of every document, with what ends it."""
         chats, end = not isinstance(group[0], str), self.tokenizer.eos_token_id
-        texts = [self._written(chat) for chat in group] if chats else group
+        texts = [self._written(chat, number) for number, chat in enumerate(group, self.count + 1)] if chats else group
         if not chats and end is None:
             texts = [text + "\n\n" for text in texts]
         ending = [] if chats or end is None else [end]
-        self.joined = _template_name(self.tokenizer) if chats else "a blank line" if end is None else f"token {end}"
+        self.joined = template_name(self.tokenizer) if chats else "a blank line" if end is None else f"token {end}"
         parts = [list(pieces(text, self.tokenizer)) for text in texts]
         lists = token_lists((part for document in parts for part in document), self.tokenizer)
         for document in parts:
@@ -91,15 +91,26 @@ class Writer:
             require_known(ids, self.tokenizer, self.vocabulary, self.argument, self.text.shown)
             yield ids
 
-    def _written(self, chat: list[dict[str, Any]]) -> str:
-        if not self.tokenizer.chat_template:
-            problem = "holds chats, and the model's tokenizer has no chat template"
-            raise self.text.refuse(self.argument, problem, "Use a model that chats, or a dataset of texts")
-        try:
-            return self.tokenizer.apply_chat_template(chat, tokenize=False)
-        except Exception as error:  # templates raise what they like
-            problem = f"its chat {self.count + 1} does not suit the model's template ({' '.join(str(error).split())})"
-            raise self.text.refuse(self.argument, problem, "Repair it, or leave it out") from None
+    def _written(self, chat: list[dict[str, Any]], number: int) -> str:
+        return written(chat, self.tokenizer, self.text, self.argument, number)
+
+
+def written(
+    chat: list[dict[str, Any]], tokenizer: Any, text: Text, argument: str, number: int, asks: bool = False
+) -> str:
+    """``chat`` by the model's own template; with what begins an answer behind it if it ``asks`` for one.
+
+    Raises ``InputError`` about ``argument`` for a tokenizer without a template, and for chat ``number`` of ``text`` if
+    it does not suit that.
+    """
+    if not tokenizer.chat_template:
+        problem = "holds chats, and the model's tokenizer has no chat template"
+        raise text.refuse(argument, problem, "Use a model that chats, or a dataset of texts")
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks)
+    except Exception as error:  # templates raise what they like
+        problem = f"its chat {number} does not suit the model's template ({' '.join(str(error).split())})"
+        raise text.refuse(argument, problem, "Repair it, or leave it out") from None
 
 
 def _is_document(value: Any) -> bool:
@@ -110,7 +121,13 @@ def _is_document(value: Any) -> bool:
     )
 
 
-def _template_name(tokenizer: Any) -> str:
+def as_line(document: str | list[dict[str, Any]]) -> bytes:
+    """A document as JSON in a line of UTF-8, which is what is hashed of it."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def template_name(tokenizer: Any) -> str:
+    """What a protocol calls the chat template."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False).encode()
     return f"chat template {hashlib.sha256(template).hexdigest()[:12]}"
 

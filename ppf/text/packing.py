@@ -13,10 +13,22 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Splits:
-    """Token sequences, int64 [N, T] each; no token belongs to both."""
+    """Token sequences, int64 [N, T] each; no token belongs to both.
+
+    ``calibration_scored`` and ``evaluation_scored``, bool [N, T], are True for the tokens that count; None where all of
+    them do.
+    """
 
     calibration: Tensor
     evaluation: Tensor
+    calibration_scored: Tensor | None = None
+    evaluation_scored: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored: ids as int32, and what is not None of the others."""
+        held = {"calibration": self.calibration.int(), "evaluation": self.evaluation.int()}
+        scored = {f"{part}.scored": getattr(self, f"{part}_scored") for part in tuple(held)}
+        return held | {name: mask for name, mask in scored.items() if mask is not None}
 
 
 def pack(tokens: Tensor, length: int, field: str = "text", begin: int | None = None) -> Tensor:
@@ -36,11 +48,22 @@ def pack(tokens: Tensor, length: int, field: str = "text", begin: int | None = N
     return torch.cat((sequences.new_full((len(sequences), 1), begin), sequences), 1)
 
 
+def unpadded(sequences: Tensor, scored: Tensor) -> Tensor:
+    """Sequences [M, T] of what those in [N, T] hold up to the last token that is ``scored``: as if it were one text."""
+    lengths = scored.shape[1] - scored.flip(1).int().argmax(1)
+    return pack(torch.cat([row[:length] for row, length in zip(sequences, lengths, strict=True)]), sequences.shape[1])
+
+
 def check_context(length: int, context: int) -> None:
     """Raise ``InputError`` if sequences of ``length`` tokens do not fit the model's ``context``."""
     if length > context:
         problem = f"is longer than the model's context of {context} tokens"
         raise InputError("sequence-length", length, problem, f"Use at most {context}")
+
+
+def predicting(scored: Tensor) -> Tensor:
+    """The positions, bool [N, T], from which the tokens that are ``scored`` [N, T] are predicted: those before them."""
+    return torch.nn.functional.pad(scored[:, 1:], (0, 1))
 
 
 def take_tokens(sequences: Tensor, tokens: int | None) -> Tensor:

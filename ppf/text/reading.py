@@ -54,12 +54,34 @@ def read(
     return _documents(text, column_of(rows, text, field), tokenizer, vocabulary, field, most)
 
 
+def documents(text: Text, field: str) -> Iterator[str | list[dict[str, Any]]]:
+    """The documents of ``text`` as they stand, texts or chats, one after the other; of plain text its lines. Empty ones
+    are left out. Raises ``InputError`` about ``field`` as :func:`read` does."""
+    if text.is_plain:
+        content, _ = _content(text, field)
+        return (line for line in content.splitlines() if line.strip())
+    if text.in_python:
+        first, items = _items(text, field)
+        rows = items if isinstance(first, dict) else ({text.column: item} for item in items)
+    else:
+        rows = dataset_rows(text, field) if text.is_dataset else file_rows(text, field)
+    return column_of(rows, text, field)
+
+
 def read_tokens(path: str | Path, tokenizer: Any, vocabulary: int | None = None) -> Tensor:
     """All tokens of a text as int64 [n]; see :func:`read`."""
     return read(Text.of(path), tokenizer, vocabulary).ids.long()
 
 
 def _plain(text: Text, tokenizer: Any, vocabulary: int | None, field: str) -> Tokens:
+    content, sha256 = _content(text, field)
+    ids = whole(content, tokenizer)
+    require_known(ids, tokenizer, vocabulary, field, text.shown)
+    return Tokens(ids, sha256)
+
+
+def _content(text: Text, field: str) -> tuple[str, str]:
+    """A plain text and its SHA-256."""
     with opened(text, field) as (stream, hashed):
         try:
             content = io.TextIOWrapper(stream, encoding="utf-8-sig").read()
@@ -69,9 +91,7 @@ def _plain(text: Text, tokenizer: Any, vocabulary: int | None, field: str) -> To
         raise text.refuse(field, "is empty", "Give a text with at least one sequence of tokens")
     if text.path is None or (text.is_stream and not text.path.suffix):
         _refuse_json(text, content, field)
-    ids = whole(content, tokenizer)
-    require_known(ids, tokenizer, vocabulary, field, text.shown)
-    return Tokens(ids, hashed.sha256)
+    return content, hashed.sha256
 
 
 def _refuse_json(text: Text, content: str, field: str) -> None:
@@ -104,6 +124,17 @@ def _ids(text: Text, given: Tensor, tokenizer: Any, vocabulary: int | None, fiel
 
 def _python(text: Text, tokenizer: Any, vocabulary: int | None, field: str, most: int | None) -> Tokens:
     """An iterable: of texts, of chats, of a dataset's rows, or of token ids for every document."""
+    first, items = _items(text, field)
+    if isinstance(first, dict):
+        return _documents(text, column_of(items, text, field), tokenizer, vocabulary, field, most)
+    if isinstance(first, str) or (isinstance(first, list) and first and isinstance(first[0], dict)):
+        rows = ({text.column: item} for item in items)
+        return _documents(text, column_of(rows, text, field), tokenizer, vocabulary, field, most)
+    return _ids(text, _joined(text, items, field), tokenizer, vocabulary, field)
+
+
+def _items(text: Text, field: str) -> tuple[Any, Iterator[Any]]:
+    """The first item of an iterable, and all of them."""
     try:
         items: Iterator[Any] = iter(text.given)
     except TypeError:
@@ -112,13 +143,7 @@ def _python(text: Text, tokenizer: Any, vocabulary: int | None, field: str, most
     first = next(items, None)
     if first is None:
         raise text.refuse(field, "is empty", "Give at least one sequence of tokens")
-    items = chain([first], items)
-    if isinstance(first, dict):
-        return _documents(text, column_of(items, text, field), tokenizer, vocabulary, field, most)
-    if isinstance(first, str) or (isinstance(first, list) and first and isinstance(first[0], dict)):
-        rows = ({text.column: item} for item in items)
-        return _documents(text, column_of(rows, text, field), tokenizer, vocabulary, field, most)
-    return _ids(text, _joined(text, items, field), tokenizer, vocabulary, field)
+    return first, chain([first], items)
 
 
 def _joined(text: Text, items: Iterator[Any], field: str) -> Tensor:

@@ -49,7 +49,8 @@ def require_known(tokens: Tensor, tokenizer: Any, vocabulary: int | None, field:
     if vocabulary is None or not tokens.numel():
         return
     if (highest := int(tokens.max())) >= vocabulary:
-        token = f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r})"
+        name = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(highest)!r})"
+        token = f"token {highest}{name}"
         problem = f"yields {token}, and the model's vocabulary ends at {vocabulary - 1}"
         raise InputError(field, shown, problem, "Use the tokenizer that the model was trained with, or another text")
     if (lowest := int(tokens.min())) < 0:

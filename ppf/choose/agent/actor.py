@@ -65,13 +65,16 @@ class Agent(nn.Module):
         return own + self.shared(torch.cat((state, budget), -1)).squeeze(-1) + _START * uniform
 
     @torch.no_grad()
-    def forward(self, ratio: Tensor, noise: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Levels int64 [B, S] for ratios fp32 [B]. ``noise`` scales Gumbel noise on the utilities, for exploration."""
-        utility = self.utilities(ratio)
+    def forward(
+        self, ratio: Tensor, noise: float = 0.0, generator: torch.Generator | None = None, ceiling: bool = False
+    ) -> Tensor:  # fmt: skip
+        """Levels int64 [B, S] for ratios [B], fp32 or fp64; with ``ceiling`` they never keep more than these leave.
+        ``noise`` scales Gumbel noise on the utilities, for exploration."""
+        utility = self.utilities(ratio.float())
         if noise:
             uniform = torch.rand(utility.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(utility.device)
             utility = utility - noise * torch.log(-torch.log(uniform))
-        return self.projector(utility, ratio)
+        return self.projector(utility, ratio, ceiling)
 
     def relaxed(self, ratio: Tensor, temperature: float) -> Tensor:
         """Level probabilities [B, S, K] whose expected cost is the budget; differentiable."""

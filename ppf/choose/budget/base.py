@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ...model.grid import Grid
 from ...model.policy import Policy
+from ...sealed import Sealed
 from .costs import Costs
+from .figures import rounded
 from .projection import Projector, nearest
 
 TOLERANCE = 0.05
@@ -23,8 +25,7 @@ TOLERANCE = 0.05
 
 # Agents know ratios; for a budget in another unit this many are asked, and the predictor picks.
 _ASKED = 64
-_ROUNDING = 1e-9  # of sums of milliseconds
-_LOWERED = 8  # times that a target is lowered for policies that came out above the limit
+_DIGITS = range(6, 18)  # of figures that can be asked for
 
 
 class Fitted(Protocol):
@@ -32,6 +33,7 @@ class Fitted(Protocol):
 
     path: Path
     grid: Grid
+    files: Sealed
 
     @property
     def model_path(self) -> Path: ...
@@ -39,7 +41,7 @@ class Fitted(Protocol):
 
 class Budget(ABC):
     """What a policy may cost. ``requested`` is what the user asked for, in ``unit``; ``target`` is the cost a policy
-    shall have by ``costs``, their constant included, and ``limit`` the most it may have."""
+    shall have by ``costs``, their constant included."""
 
     name: ClassVar[str]
     """How it is asked for: the command line's option without its dashes."""
@@ -47,9 +49,11 @@ class Budget(ABC):
     """Of what is requested and reported."""
     timed: ClassVar[bool] = False
     """Whether a result must run to be measured; else its shapes are enough."""
+    is_limit: ClassVar[bool] = False
+    """Whether no policy may cost more than the target; else the nearest on either side is meant."""
 
-    def __init__(self, grid: Grid, requested: float, costs: Costs, target: float, limit: float = math.inf):
-        self.grid, self.requested, self.costs, self.target, self.limit = grid, requested, costs, target, limit
+    def __init__(self, grid: Grid, requested: float, costs: Costs, target: float):
+        self.grid, self.requested, self.costs, self.target = grid, requested, costs, target
 
     @classmethod
     @abstractmethod
@@ -87,17 +91,13 @@ class Budget(ABC):
     def levels(self, utility: Tensor) -> Tensor:
         """Levels int64 [B, S] of the best policies by ``utility`` fp32 [B, S, K] that meet the budget."""
         target = torch.full((len(utility),), self.target - self.costs.constant, dtype=torch.float64)
-        target = target.to(utility.device)
-        levels = self.projector.meet(utility, target)
-        for tries in range(_LOWERED + 1):
-            over = self.costs.of(levels) - self.limit * (1 + _ROUNDING)
-            if not (over > 0).any():
-                break
-            # Where steps are coarse the nearest policy may lie above; the cheapest of all is what is left at the end.
-            lower = target - over - 1e-5 * self.projector.cheapest if tries < _LOWERED else torch.zeros_like(target)
-            target = torch.where(over > 0, lower, target)
-            levels = torch.where((over > 0)[:, None], self.projector.meet(utility, target), levels)
-        return levels
+        return self.projector.meet(utility, target.to(utility.device), self.is_limit)
+
+    def moved(self, fractions: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Levels int64 [B, S] of the policies on the budget nearest to keeping ``fractions`` fp32 [B, S], in which
+        sub-layers count by their size, times ``weight`` [B, S] if given."""
+        utility = nearest(fractions, self.grid)
+        return self.levels(utility if weight is None else utility * weight[..., None])
 
     def candidates(self, agent: Any) -> Tensor:
         """Levels int64 [P, S] of policies that meet the budget, among them the best that ``agent`` knows: its answers
@@ -148,20 +148,50 @@ class Budget(ABC):
 
 
 class LimitBudget(Budget):
-    """Policies that cost at most ``limit``, and as nearly that as the grid can give."""
+    """Policies that are within what is requested, and as near to it as the grid can give."""
+
+    is_limit = True
+    upwards: ClassVar[bool] = False
+    """Whether more of ``unit`` is what a smaller policy has."""
+    quantum: ClassVar[float] = 1.0
+    """What costs are whole multiples of, or are rounded up to: a power of two, so that no sum of them is rounded."""
 
     def __init__(self, grid: Grid, requested: float, costs: Costs, limit: float):
-        """Raises ``InputError``, with the range that can be had, for a limit outside it."""
+        """``limit`` is about the cost that comes to ``requested``. Raises ``InputError``, with the range that can be
+        had, for what is outside it."""
+        costs = costs.rounded_up(self.quantum)
+        super().__init__(grid, requested, costs, limit)
         least, most = costs.range(grid)
-        if not math.isfinite(limit) or not least <= limit < most:
-            smallest, dense = (f"{self.in_unit(value):.6g}" for value in (least, most))
-            remedy = f"Ask for something between {smallest} (the smallest policy) and {dense} (the dense model)"
-            raise InputError(self.name, requested, f"is out of reach, in {self.unit}", remedy)
-        projector = Projector(grid, costs)
-        # Of regular costs it gives the nearest, up to half the cheapest step beyond the target: aim half a step below.
-        margin = projector.cheapest / 2 if projector.is_regular else 0
-        super().__init__(grid, requested, costs, max(limit - margin, least), limit)
-        self.projector = projector
+        if not self.allows(self.in_unit(least)) or self.allows(self.in_unit(most)):
+            raise InputError(self.name, requested, f"is out of reach, in {self.unit}", self._remedy(least, most))
+        self.target = self._largest(limit)
+
+    @cached_property
+    def projector(self) -> Projector:
+        return Projector(self.grid, self.costs)
+
+    def allows(self, value: float) -> bool:
+        """Whether ``value`` in ``unit`` is within what is requested."""
+        return value >= self.requested if self.upwards else value <= self.requested
 
     def is_met(self, value: float) -> bool:
-        return value <= self.requested * (1 + TOLERANCE)
+        return self.allows(value)
+
+    def _largest(self, about: float) -> float:
+        """The largest cost within the limit: the multiple of the quantum ``about`` there, which rounding has moved."""
+        found = math.floor(about / self.quantum) + 1
+        while not self.allows(self.in_unit(found * self.quantum)):
+            found -= 1
+        return found * self.quantum
+
+    def _remedy(self, least: float, most: float) -> str:
+        """What can be asked for; both figures are rounded to the side on which they can be had."""
+        smallest, dense = self.in_unit(least), self.in_unit(most)
+        if smallest == dense:
+            return f"All policies of this model have {dense}: ask with another budget, such as --ratio"
+        for digits in _DIGITS:  # more where the range is narrow
+            low, high = rounded(smallest, digits, up=not self.upwards), rounded(dense, digits, up=self.upwards)
+            if float(low) > float(high) if self.upwards else float(low) < float(high):
+                break
+        words = ("at most", "more") if self.upwards else ("at least", "less")
+        return f"Ask for {words[0]} {low} (the smallest policy) and {words[1]} than {high} (the dense model)"

@@ -6,6 +6,7 @@ Parameters, bytes and floating-point operations are exact; milliseconds come fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,13 @@ class Costs:
         table = self.table.to(levels.device)
         return table.gather(1, levels.flatten(0, -2).T).sum(0).view(levels.shape[:-1]) + self.constant
 
+    def rounded_up(self, quantum: float) -> Costs:
+        """The same in whole multiples of ``quantum``, a power of two: their sums are exact in any order."""
+        return Costs((self.table / quantum).ceil() * quantum, math.ceil(self.constant / quantum) * quantum, self.unit)
+
     def range(self, grid: Grid) -> tuple[float, float]:
         """The least and the most that a policy of ``grid`` can cost."""
-        least, most = (float(self.of(torch.tensor([levels]))) for levels in (grid.minimum, grid.maximum))
+        least, most = self.of(torch.tensor((grid.minimum, grid.maximum))).tolist()
         return least, most
 
 

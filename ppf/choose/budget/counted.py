@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ... import checkpoint
@@ -22,7 +23,8 @@ from .projection import Projector, check_ratio, projector_of
 
 
 class RatioBudget(Budget):
-    """A share of the decoder's parameters is removed: the nearest the grid can give."""
+    """A share of the decoder's parameters is removed: within half of the grid's smallest step or, where small steps are
+    too few to make up for a large one, the nearest the grid can give."""
 
     name, unit = "ratio", "share of the decoder's parameters"
 
@@ -47,7 +49,10 @@ class RatioBudget(Budget):
     def comes_to(self) -> float:
         return self.requested
 
-    def candidates(self, agent: Any) -> torch.Tensor:
+    def moved(self, fractions: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.projector.nearest(fractions, torch.full((len(fractions),), self.requested), weight)
+
+    def candidates(self, agent: Any) -> Tensor:
         """The one policy that the agent gives: a ratio is its own input."""
         return agent(torch.tensor([float(self.requested)]))
 

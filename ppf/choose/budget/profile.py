@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from ...errors import InputError
 from ...families import KINDS
 from ...fast.timing import Workload
-from ...files import write_json
 from ...model.grid import Grid
 from ...model.structure import Structure
+from ...schemas import Finite, Nonnegative, convert_to
+from ...sealed import Sealed
 from .base import Fitted
 from .costs import Costs
 
@@ -27,9 +27,9 @@ class Profile:
     """Milliseconds of a workload: ``constant`` plus, of every layer, ``attention[level]`` and ``ffn[level]``."""
 
     workload: Workload
-    constant: float
-    attention: tuple[float, ...]
-    ffn: tuple[float, ...]
+    constant: Nonnegative
+    attention: tuple[Finite, ...]
+    ffn: tuple[Finite, ...]
 
     def costs(self, grid: Grid) -> Costs:
         """The cost table of timed budgets: what was measured, made monotone."""
@@ -46,9 +46,14 @@ class Profile:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Profile:
-        """Inverse of :meth:`to_dict`; raises ``KeyError`` or ``TypeError`` for anything else."""
-        values = (tuple(float(v) for v in data[name]) for name in KINDS)
-        return cls(Workload(**data["workload"]), float(data["constant"]), *values)
+        """Inverse of :meth:`to_dict`. Raises ``InputError`` for anything else."""
+        return convert_to(cls, "profile", "(data)", data, "Measure one with ppf profile")
+
+
+class _Profiles(msgspec.Struct):
+    """What the file holds, beside facts that nobody computes with."""
+
+    profiles: dict[str, Profile]
 
 
 def require_equal_layers(structure: Structure, field: str, value: Any) -> None:
@@ -58,23 +63,23 @@ def require_equal_layers(structure: Structure, field: str, value: Any) -> None:
         raise InputError(field, value, problem, "Ask with --ratio, --memory-gb or --flops")
 
 
-def save_profile(path: Path, facts: dict[str, Any], profiles: list[Profile]) -> None:
-    """Write profiles of one device, one a phase, with the facts about where they were measured."""
-    write_json(path, facts | {"profiles": {p.workload.phase: p.to_dict() for p in profiles}})
+def save_profile(files: Sealed, facts: dict[str, Any], profiles: list[Profile], name: str = PROFILE) -> None:
+    """Write profiles of one device, one a phase, with the facts about where they were measured, among a run's files or
+    others."""
+    files.write_json(name, facts | {"profiles": {p.workload.phase: p.to_dict() for p in profiles}})
 
 
 def load_profile(run: Fitted, phase: str, kind: str) -> Profile:
-    """The run's profile of "prefill" or "decode". Raises ``InputError`` about ``kind`` if there is none."""
+    """The run's profile of "prefill" or "decode". Raises ``InputError`` about ``kind`` if there is none, and about the
+    file if it is damaged."""
     grid, remedy = run.grid, f"Measure one first: ppf profile {run.path}"
     require_equal_layers(grid.structure, kind, run.path)
-    try:
-        data = json.loads((run.path / PROFILE).read_text(encoding="utf-8"))
-        profile = Profile.from_dict(data["profiles"][phase])
-    except FileNotFoundError:
-        raise InputError(kind, run.path, "has no latency profile", remedy) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"its {PROFILE} has no readable {phase} profile ({type(error).__name__})"
-        raise InputError(kind, run.path, problem, remedy) from None
+    if not run.files.exists(PROFILE):
+        raise InputError(kind, run.path, "has no latency profile", remedy)
+    files = run.files.telling(f"Measure it again: ppf profile {run.path}")
+    profile = files.read_json(PROFILE, _Profiles).profiles.get(phase)
+    if profile is None or profile.workload.phase != phase or min(profile.workload.batch, profile.workload.tokens) < 1:
+        raise InputError(kind, run.path, f"its {PROFILE} has no {phase} profile", remedy)
     if (len(profile.attention), len(profile.ffn)) != (grid.maximum[0] + 1, grid.maximum[-1] + 1):
         raise InputError(kind, run.path, "its profile is of another grid", remedy)
     return profile

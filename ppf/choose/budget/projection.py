@@ -7,9 +7,11 @@ dear step may not fit: then either cheap steps that come later fill the gap, or 
 that came before make room, whichever ends nearer to the budget. There is no penalty to tune, and no loop that depends
 on the data: one call is a fixed list of tensor operations, on a GPU without a synchronisation.
 
-What is guaranteed for every feasible ratio: the cost is within half a step of the cheapest sub-layers of the budget,
-provided these together span a step of the dearest; in any case within half a step of the dearest. Tables with more than
-two step costs (measured latencies) are refined by exchanges instead, never beyond the budget.
+What is guaranteed where there are two step costs, one of attention and one of FFN, as in every family: the cost is
+within half a step of the cheaper of what was asked for, provided that the cheaper steps together span a dearer one;
+otherwise it is the nearest that there is. Of a ceiling, which no policy may exceed, it is less than one cheaper step
+below, or else the nearest below. Measured latencies, and layers whose steps have many costs, are refined by exchanges
+(:mod:`ppf.choose.budget.exchange`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...model.grid import Grid
 from .costs import Costs, parameters
-from .exchange import refined
+from .exchange import Refinement
+from .figures import rounded
 
 # The multiplier is found to one part in 2¹⁶ of its range: in few wide rounds for one policy, where calls take the time,
 # in many narrow ones for batches, where arithmetic does. (Sections a round, rounds), and the elements a round may have.
@@ -39,7 +42,7 @@ def check_ratio(ratio: float, grid: Grid) -> None:
         raise InputError("ratio", ratio, "is not a share of parameters", "Use a number between 0 and 1, such as 0.3")
     if ratio > grid.maximum_ratio:
         stays = "portable policies keep all attention" if grid.portable else "layer 0 keeps some attention"
-        remedy = f"The maximum for this model is {grid.maximum_ratio:.4f} ({stays})"
+        remedy = f"The maximum for this model is {rounded(grid.maximum_ratio, 4, up=False)} ({stays})"
         raise InputError("ratio", ratio, "is more than the structure can give", remedy)
 
 
@@ -84,10 +87,15 @@ class Projector(nn.Module):
         maximum, minimum = torch.tensor(grid.maximum), torch.tensor(grid.minimum)
         allowed = (level >= minimum[:, None]) & (level <= maximum[:, None])
         steps, free = costs.table.diff(dim=1), allowed[:, 1:] & allowed[:, :-1]
-        self.total = float(costs.table[:, -1].sum())
+        self.total, self.base = (float(costs.table[:, level].sum()) for level in (-1, 0))
         kinds = steps[free].unique()
-        self.is_regular = len(kinds) <= 2 and all(len(s[f].unique()) < 2 for s, f in zip(steps, free, strict=True))
-        self.cheapest, self.dearest = float(kinds.min()), float(kinds.max())
+        self.cheapest, self.dearest = float(kinds[kinds > 0].min()), float(kinds.max())
+        is_linear = bool((kinds > 0).all()) and all(len(s[f].unique()) < 2 for s, f in zip(steps, free, strict=True))
+        self.is_regular = is_linear and len(kinds) <= 2
+        cheap = free & (steps == self.cheapest)
+        # Do all cheap steps together make up for a dear one? Where they do not, two dear ones may end nearer than one.
+        self.spans = float(cheap.sum()) * self.cheapest >= self.dearest
+        self.refinement = Refinement(costs.table, minimum, maximum, self.cheapest if is_linear else None)
         for name, tensor in (
             ("maximum", maximum),
             ("minimum", minimum),
@@ -99,16 +107,18 @@ class Projector(nn.Module):
             ("steps", steps.flatten()),
             ("free", free.flatten()),
             ("forced", (level[1:] <= minimum[:, None]).flatten()),
-            ("cheap", (free & (steps == self.cheapest)).flatten()),
+            ("cheap", cheap.flatten()),
         ):
             self.register_buffer(name, tensor, persistent=False)
 
-    def forward(self, utility: Tensor, ratio: Tensor) -> Tensor:
-        """Levels int64 [B, S] of the policies that remove ``ratio`` [B] of the largest cost."""
-        return self.meet(utility, (1 - ratio.double()) * self.total)
+    def forward(self, utility: Tensor, ratio: Tensor, ceiling: bool = False) -> Tensor:
+        """Levels int64 [B, S] of the policies that remove ``ratio`` [B] of the largest cost; with ``ceiling``, at least
+        as much."""
+        return self.meet(utility, self._target(ratio, ceiling), ceiling)
 
-    def meet(self, utility: Tensor, target: Tensor) -> Tensor:
-        """Levels int64 [B, S] of the policies whose cost, constant left out, is ``target`` fp64 [B]."""
+    def meet(self, utility: Tensor, target: Tensor, ceiling: bool = False) -> Tensor:
+        """Levels int64 [B, S] of the policies whose cost, constant left out, is nearest to ``target`` fp64 [B]; with
+        ``ceiling``, nearest of those that do not exceed it."""
         utility = utility.masked_fill(~self.allowed, -torch.inf)
         steps = _Steps(
             low=torch.zeros(utility.shape[:2], dtype=torch.int64, device=utility.device),
@@ -119,10 +129,12 @@ class Projector(nn.Module):
             forced=self.forced[None],
             cheap=self.cheap[None],
         )
-        levels = self._cut(steps, target)
-        return levels if self.is_regular else refined(levels, utility, self.table, (self.minimum, self.maximum), target)
+        levels = self._cut(steps, target - self.base, ceiling)
+        return levels if self.is_regular else self.refinement(levels, utility, target, ceiling)
 
-    def nearest(self, fractions: Tensor, ratio: Tensor, weight: Tensor | None = None) -> Tensor:
+    def nearest(
+        self, fractions: Tensor, ratio: Tensor, weight: Tensor | None = None, ceiling: bool = False
+    ) -> Tensor:  # fmt: skip
         """Levels int64 [B, S] that remove ``ratio`` [B] and lie nearest to keeping ``fractions`` [B, S].
 
         The same as :meth:`forward` of :func:`nearest`, times ``weight`` [B, S] if given, but faster. Such utilities are
@@ -130,7 +142,9 @@ class Projector(nn.Module):
         follow at once, and only the few steps around them are sorted. Costs must be parameters.
         """
         weight = torch.ones_like(fractions) if weight is None else weight
-        target = (1 - ratio.double()) * self.total
+        if not self.is_regular:
+            return self(nearest(fractions, self.grid) * weight[..., None], ratio, ceiling)
+        target = self._target(ratio, ceiling)
         window = min(math.ceil(self.dearest / self.cheapest) + 1, self.grid.levels - 1)
         reached = self._parabolic(fractions, weight, self._parabolic_multiplier(fractions, weight, target)[:, None])
         low = (reached - window).clamp_min(0).maximum(self.minimum)
@@ -139,7 +153,13 @@ class Projector(nn.Module):
         free = level < self.maximum[:, None]
         cost, cheap = self.step_cost[:, None].expand_as(level), free & (self.step_cost == self.cheapest)[:, None]
         parts = key.masked_fill(~free, -torch.inf), cost * free, key * cost.float(), free, torch.zeros_like(free), cheap
-        return self._cut(_Steps(low, *(part.flatten(1) for part in parts)), target - self.cost(low))
+        return self._cut(_Steps(low, *(part.flatten(1) for part in parts)), target - self.cost(low), ceiling)
+
+    def _target(self, ratio: Tensor, ceiling: bool) -> Tensor:
+        """The cost fp64 [B] that a ratio leaves. Parameters are whole numbers: a ceiling between two is the lower one,
+        and one that rounding moved below a whole number is that."""
+        target = (1 - ratio.double()) * self.total
+        return (target + 1e-3).floor() if ceiling else target
 
     def cost(self, levels: Tensor) -> Tensor:
         """Cost, constant left out, fp64 [B], of int64 levels [B, S]."""
@@ -194,38 +214,47 @@ class Projector(nn.Module):
         # A parabola's level takes several operations where an argmax reads one number.
         return _sections(-edge, edge, cost, target, 8 * fractions.numel())
 
-    def _cut(self, steps: _Steps, target: Tensor) -> Tensor:
+    def _cut(self, steps: _Steps, target: Tensor, ceiling: bool) -> Tensor:
         """Take the steps by their keys as far as ``target`` fp64 [B] goes beyond ``low``, and settle what is left."""
         index, order = steps.sorted()
-        # A target is rarely a round number: what misses it by less than any unit fits.
-        fits = order.cost.cumsum(1) <= target[:, None] + 1e-6 * self.cheapest
+        # A target is rarely a round number: what misses it by less than any unit fits, unless it must not.
+        fits = order.cost.cumsum(1) <= target[:, None] + (0 if ceiling else 1e-6 * self.cheapest)
         taken = order.free & fits | order.forced
         if self.is_regular:
-            taken = self._settled(order, taken, target - (order.cost * taken).sum(1))
+            taken = self._settled(order, taken, target - (order.cost * taken).sum(1), ceiling)
         chosen = torch.zeros_like(taken).scatter(1, index, taken)
         return steps.low + chosen.view(*steps.low.shape, -1).sum(2)
 
-    def _settled(self, order: _Steps, taken: Tensor, gap: Tensor) -> Tensor:
+    def _settled(self, order: _Steps, taken: Tensor, gap: Tensor, ceiling: bool) -> Tensor:
         """Taken steps bool [B, N] after the gap [B] is filled with later cheap steps, or else with one dear step that
-        earlier cheap ones make room for."""
-        later, earlier = order.cheap & ~taken, order.cheap & taken
-        added = later & (later.cumsum(1) <= self._count(gap)[:, None])
-        dear = order.free & ~order.cheap & ~taken
-        first_dear = dear & (dear.cumsum(1) == 1)
-        behind = earlier.flip(1).cumsum(1).flip(1)
-        removed = earlier & (behind <= self._count(self.dearest - gap)[:, None])
-        fill, swap = taken | added, (taken & ~removed) | first_dear
-        left_fill, left_swap = (
-            (gap - ((other.double() - taken.double()) * order.cost).sum(1)).abs() for other in (fill, swap)
-        )
-        better = ((swap.float() - fill.float()) * order.gain).sum(1) > 0
-        nearer = left_swap - left_fill
-        tie = nearer.abs() <= 1e-6 * self.cheapest
-        chosen = first_dear.any(1) & ((nearer < 0) & ~tie | tie & better)
-        return torch.where(chosen[:, None], swap, fill)
+        earlier cheap ones make room for; of equally near ones the better.
 
-    def _count(self, gap: Tensor) -> Tensor:
-        return (gap / self.cheapest).round()
+        Cheap steps that do not span a dear one may all have to go for two dear ones; of a ceiling never, for then one
+        dear step more is always worth more than all cheap ones.
+        """
+        best, left = self._shifted(order, taken, gap, 0, ceiling)
+        for dear in (1,) if self.spans or ceiling else (1, 2):
+            other, other_left = self._shifted(order, taken, gap, dear, ceiling)
+            better = ((other.float() - best.float()) * order.gain).sum(1) > 0
+            nearer = other_left - left
+            tie = nearer.abs() <= 1e-6 * self.cheapest
+            chosen = (nearer < 0) & ~tie | tie & better
+            best, left = torch.where(chosen[:, None], other, best), torch.where(chosen, other_left, left)
+        return best
+
+    def _shifted(self, order: _Steps, taken: Tensor, gap: Tensor, dear: int, ceiling: bool) -> tuple[Tensor, Tensor]:
+        """Taken steps with ``dear`` more dear ones, and as many more or fewer cheap ones as come nearest; and how far
+        from the target that is, fp64 [B], infinite for what is not there or not allowed."""
+        is_dear = order.free & ~order.cheap
+        dears, cheaps = ((taken & kind).sum(1) for kind in (is_dear, order.cheap))
+        gap = gap - dear * self.dearest
+        count = gap / self.cheapest
+        count = torch.minimum(cheaps + (count.floor() if ceiling else count.round()), order.cheap.sum(1)).clamp_min(0)
+        chosen = is_dear & (is_dear.cumsum(1) <= (dears + dear)[:, None])
+        chosen = chosen | order.cheap & (order.cheap.cumsum(1) <= count[:, None]) | order.forced
+        left = gap - (count - cheaps) * self.cheapest
+        missing = dears + dear > is_dear.sum(1)
+        return chosen, left.abs().masked_fill(missing | (left < 0) if ceiling else missing, torch.inf)
 
 
 def _sections(low: Tensor, high: Tensor, cost: Callable[[Tensor], Tensor], target: Tensor, elements: int) -> Tensor:

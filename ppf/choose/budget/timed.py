@@ -19,6 +19,7 @@ class _TimedBudget(LimitBudget):
 
     phase: str
     timed = True
+    quantum = 2.0**-20  # about a nanosecond
 
     def __init__(self, grid: Grid, requested: float, profile: Profile, milliseconds: float):
         self.profile = profile
@@ -27,6 +28,10 @@ class _TimedBudget(LimitBudget):
     @classmethod
     def of(cls, run: Fitted, requested: float, context: int) -> _TimedBudget:
         return cls(run.grid, requested, load_profile(run, cls.phase, cls.name))
+
+    def is_met(self, value: float) -> bool:
+        """A timing is a measurement: give or take the tolerance."""
+        return self.allows(value * (1 + TOLERANCE) if self.upwards else value / (1 + TOLERANCE))
 
     def delivered(self, model: PreTrainedModel) -> float:
         return self.in_unit(milliseconds(model, self.profile.workload))
@@ -48,13 +53,11 @@ class ThroughputBudget(_TimedBudget):
     """Tokens a second, of all sequences together, in the decode step of the run's profile: at least so many."""
 
     name, unit, phase = "tokens-per-second", "generated tokens a second", "decode"
+    upwards = True
 
     def __init__(self, grid: Grid, tokens_per_second: float, profile: Profile):
         a_token = 1e3 / tokens_per_second if tokens_per_second > 0 else math.nan
         super().__init__(grid, tokens_per_second, profile, a_token * profile.workload.batch)
 
     def in_unit(self, cost: float) -> float:
-        return 1e3 * self.profile.workload.batch / cost
-
-    def is_met(self, value: float) -> bool:
-        return value >= self.requested / (1 + TOLERANCE)
+        return 1e3 * self.profile.workload.batch / cost if cost else math.inf

@@ -50,21 +50,23 @@ def cautious(predictor: Predictor, caution: float | Tensor) -> Judge:
     return judge
 
 
-def move(levels: Tensor, grid: Grid, ratio: Tensor) -> Tensor:
-    """Levels int64 [B, S] moved to the budgets of ``ratio`` [B], every sub-layer as little as possible."""
+def move(levels: Tensor, grid: Grid, ratio: Tensor, ceiling: bool = False) -> Tensor:
+    """Levels int64 [B, S] moved to the budgets of ``ratio`` [B], every sub-layer as little as possible; with
+    ``ceiling`` they never keep more than these leave."""
     if not len(levels):
         return levels
     projector = projector_of(grid, levels.device)
-    return projector.nearest(levels / projector.top, ratio)
+    return projector.nearest(levels / projector.top, ratio, ceiling=ceiling)
 
 
 def breed(
-    start: Tensor, ratio: Tensor, judge: Judge, grid: Grid, generator: Generator, effort: Effort | None = None
-) -> Tensor:
+    start: Tensor, ratio: Tensor, judge: Judge, grid: Grid, generator: Generator, effort: Effort | None = None,
+    ceiling: bool = False,
+) -> Tensor:  # fmt: skip
     """Populations int64 [R, keep, S], best first and without repetitions, bred from ``start`` [R, P, S].
 
-    ``ratio`` fp32 [R] is every island's budget, which its policies in ``start`` meet already. The device is that of
-    ``start``; the same generator state gives the same result.
+    ``ratio`` [R] is every island's budget, which its policies in ``start`` meet already; with ``ceiling``, none keeps
+    more than it leaves. The device is that of ``start``; the same generator state gives the same result.
     """
     effort = effort or Effort()
     pool, value = _survivors(start, _judged(judge, start), effort.keep)
@@ -72,7 +74,8 @@ def breed(
         parents = _parents(pool, effort.offspring, generator)
         if len(pool) > 1 and generation % _MIGRATION == 0:
             parents = torch.cat((parents, pool[:, :2].roll(1, 0), pool[:, :2].roll(-1, 0)), 1)
-        children = mutate(parents.flatten(0, 1), grid, generator, ratio=ratio.repeat_interleave(parents.shape[1]))
+        budget = ratio.repeat_interleave(parents.shape[1])
+        children = mutate(parents.flatten(0, 1), grid, generator, ratio=budget, ceiling=ceiling)
         children = children.view(parents.shape)
         everyone = torch.cat((pool, children), 1)
         pool, value = _survivors(everyone, torch.cat((value, _judged(judge, children)), 1), effort.keep)

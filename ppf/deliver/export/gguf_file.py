@@ -16,7 +16,7 @@ from .gguf_metadata import describe_model, describe_tokenizer, model_name
 from .gguf_rope import Rotation, rotation_of
 from .gguf_tokenizer import Vocabulary, vocabulary
 from .gguf_weights import planned, weights, written_widths
-from .hf import write_report
+from .hf import stands, write_report
 from .source import Source, check_destination
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def to_gguf(source: Source, output: str | Path, dtype: str = "f16", force: bool 
         facts["context_length"] = length
     if source.is_tower:
         facts["part"] = "text tower"
+    if not force and stands(output, source, facts):
+        return facts
     with new_directory(output, force) as folder:
         require_space(output, sum(_bytes(shape, _kind(shape, dtype)) for _, shape in plan) + _METADATA)
         _write(writer, folder / facts["file"], plan, weights(source, architecture, rotation), dtype)
@@ -67,7 +69,7 @@ def require_runnable(source: Source) -> tuple[Architecture, Rotation, Vocabulary
     architecture = architecture_of(source)
     written_widths(source, architecture)
     rotation = rotation_of(source, architecture)
-    return architecture, rotation, vocabulary(source.tokenizer, source.config)
+    return architecture, rotation, vocabulary(source.tokenizer, source.config, source.ends)
 
 
 def _library() -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...errors import InputError
+from .chat_templates import chat_templates
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """GGUF's token types."""
@@ -37,6 +38,11 @@ _PRE_TOKENIZERS = {
     "tekken": ((f"Split {_TEKKEN}", "ByteLevel"), True),
     "gpt-4o": ((f"Split {_GPT4O}", "ByteLevel"), False),
 }
+# What ends a turn by its name in llama.cpp.
+_KNOWN_ENDS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
+    "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>",
+}  # fmt: skip
 # Both keep what the pattern finds; the patterns above find everything.
 _KEEPING = ("Isolated", False), ("Removed", True)
 _REMEDY = (
@@ -54,7 +60,7 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None
     merges: list[str] | None
-    special_ids: dict[str, int]  # bos, eos, unk, pad: those there are
+    special_ids: dict[str, int]  # bos, eos, unk, pad: those there are; eot, eom: more that end a turn
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
@@ -64,8 +70,8 @@ class Vocabulary:
     """Whether special tokens swallow the white space behind them, as Phi-3's do."""
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Vocabulary:
-    """``tokenizer`` as llama.cpp reads it, padded to the embedding's size.
+def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: Sequence[int] = ()) -> Vocabulary:
+    """``tokenizer`` as llama.cpp reads it, padded to the embedding's size; ``ends`` are tokens that stop generation.
 
     Raises ``InputError`` for a tokenizer that llama.cpp has no equal of.
     """
@@ -80,7 +86,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> 
         kind, pre = "llama", "default"
     else:
         kind, pre = "gpt2", _pre_tokenizer(data)
-    starts, ends = _added_around(tokenizer)
+    begins, closes = _added_around(tokenizer)
+    ids = _special_ids(tokenizer, config)
     return Vocabulary(
         model=kind,
         pre=pre,
@@ -88,11 +95,11 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> 
         types=types,
         scores=scores,
         merges=None if scores else [f"{left} {right}" for left, right in merges],
-        special_ids=_special_ids(tokenizer, config),
-        add_bos=starts,
-        add_eos=ends,
+        special_ids=ids | _turn_ends(tokens, ids, ends),
+        add_bos=begins,
+        add_eos=closes,
         add_space_prefix=space,
-        chat_template=_chat_templates(tokenizer),
+        chat_template=chat_templates(tokenizer),
         strips_right=any(added["special"] and added["rstrip"] for added in data["added_tokens"]),
     )
 
@@ -207,13 +214,6 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     return ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id
 
 
-def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]] | None:
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):
-        return [{"name": name, "template": template} for name, template in templates.items()]
-    return templates or None
-
-
 def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, int]:
     """The tokenizer's special ids; where it has none, the config's."""
     ids = {}
@@ -225,6 +225,12 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -
         if index is not None and 0 <= index < config.vocab_size:
             ids[name] = index
     return ids
+
+
+def _turn_ends(tokens: list[str], ids: dict[str, int], ends: Sequence[int]) -> dict[str, int]:
+    """Tokens of ``ends`` that llama.cpp would not stop at by itself: it has room for two."""
+    unknown = [index for index in ends if index < len(tokens) and index != ids.get("eos")]
+    return dict(zip(("eot", "eom"), (index for index in unknown if tokens[index] not in _KNOWN_ENDS), strict=False))
 
 
 def _unsupported(value: object, problem: str) -> InputError:

@@ -6,14 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.hashes import hash_folder
+from ..._version import versions
+from ...checkpoint.hashes import records
 from ...checkpoint.headers import REPORT, read_json
 from ...errors import InputError
 from ...families import Family
 from ...files import new_directory, require_space, write_json, write_text
 from ...model import perlayer
 from ...model.classes import plain_parts
-from .source import Source, check_destination
+from ..standing import report_of
+from ..standing import stands as result_stands
+from .source import Source, check_destination, require_inside
 
 # What belongs to a checkpoint. Code and pickles that may lie beside it are not taken along.
 _SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".txt", ".md"}
@@ -70,7 +73,10 @@ def write_copy(
     disk, before the first byte.
     """
     check_destination(source, output, force)
+    if not force and stands(output, source, facts):
+        return facts
     files = [file for file in sorted(source.folder.iterdir()) if file.is_file() and file.suffix in _SUFFIXES]
+    require_inside(source.folder, files)
     with new_directory(output, force) as folder:
         require_space(output, sum(file.stat().st_size for file in files) + _OTHER_FILES)
         for file in files:
@@ -105,5 +111,15 @@ def _prefix(family: Family) -> str:
 
 def write_report(folder: Path, source: Source, facts: dict[str, Any]) -> None:
     """``ppf.json``: the source's own report, what the export did, and the SHA-256 of every file."""
-    about = facts | {"source": str(source.folder.resolve())}
-    write_json(folder / REPORT, {**source.report, "export": about, "files": hash_folder(folder)})
+    write_json(folder / REPORT, {**_report(source, facts), **records(folder)})
+
+
+def stands(output: str | Path, source: Source, facts: dict[str, Any]) -> bool:
+    """True if ``output`` holds this export of this source already."""
+    found = report_of(output)
+    return found is not None and result_stands(output, found, _report(source, facts))
+
+
+def _report(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+    about = facts | {"source": str(source.folder.resolve()), "contents": source.contents, "ppf": versions()["ppf"]}
+    return source.report | {"export": about}

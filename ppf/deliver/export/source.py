@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +14,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...checkpoint import Checkpoint, load_tokenizer, local_folder, verify
-from ...checkpoint.headers import REPORT, StoredTensor, read_json
-from ...errors import InputError
+from ...checkpoint import Checkpoint, load_generation_config, load_tokenizer, local_folder, verify
+from ...checkpoint.hashes import hash_folder
+from ...checkpoint.headers import StoredTensor, read_json
+from ...checkpoint.report import standing_report
+from ...errors import InputError, shown
 from ...families import ATTENTION, Family
 from ...families.traits import traits_of
 from ...files import check_output
 from ...model.geometry import head_dim_of, structure_of
 from ...model.structure import Structure
+from ..standing import report_of
 
 LAYER_0 = "Prune again with a policy that leaves layer 0 at least one kv-group: PPF's own policies do"
 
@@ -29,7 +35,7 @@ class Source:
 
     checkpoint: Checkpoint
     report: dict[str, Any]
-    """What ``ppf.json`` says; empty for a checkpoint that PPF did not write."""
+    """What ``ppf.json`` says that still holds; empty for a checkpoint that PPF did not write."""
 
     @property
     def folder(self) -> Path:
@@ -90,6 +96,11 @@ class Source:
         return frozenset(roles)
 
     @cached_property
+    def contents(self) -> str:
+        """SHA-256 of all files but the report."""
+        return hashlib.sha256(json.dumps(hash_folder(self.folder)).encode()).hexdigest()
+
+    @cached_property
     def structure(self) -> Structure:
         return structure_of(self.family, self.config)
 
@@ -97,6 +108,14 @@ class Source:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises ``InputError`` if it is missing or damaged."""
         return load_tokenizer(self.folder)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Tokens at which generation stops."""
+        said = load_generation_config(self.folder)
+        found = None if said is None else said.eos_token_id
+        found = self.config.eos_token_id if found is None else found
+        return found if isinstance(found, list) else [] if found is None else [found]
 
     def tensor(self, name: str) -> Tensor:
         """One weight, in its stored dtype, on the CPU."""
@@ -109,15 +128,31 @@ def open_source(path: str | Path) -> Source:
     _require_attention_in_layer_0(folder)
     checkpoint = Checkpoint(folder)
     verify(folder)
-    return Source(checkpoint, read_json(folder / REPORT) if (folder / REPORT).is_file() else {})
+    report = standing_report(folder)
+    if report:
+        require_inside(folder, folder.iterdir())
+    return Source(checkpoint, report)
+
+
+def require_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Raise ``InputError`` for the first of ``files``, those of ``folder``, that is a link out of it: what an export
+    gives away is what the folder holds. In the cache of a hub all files are links into the repository's blobs."""
+    own = folder.resolve()
+    places = (own, own.parents[1] / "blobs") if own.parent.name == "snapshots" else (own,)
+    for file in sorted(files):
+        if file.is_symlink() and not any(place in file.resolve().parents for place in places):
+            problem = f"is a link to {shown(os.readlink(file))}, which an export does not follow"
+            raise InputError("file", file, problem, "Put the file itself there, or remove the link")
 
 
 def check_destination(source: Source, output: str | Path, force: bool) -> None:
-    """Raise ``InputError`` unless an export may be written to ``output``; replacing its own source is refused."""
+    """Raise ``InputError`` unless an export may be written to ``output``; replacing its own source is refused. One that
+    holds an export is looked at when it is known what would be written: see :func:`ppf.deliver.export.hf.stands`."""
     target, origin = Path(output).resolve(), source.folder.resolve()
     if target == origin or target in origin.parents:
         raise InputError("output", output, "holds the checkpoint to export", "Name a new folder")
-    check_output(output, force)
+    if force or "export" not in (report_of(output) or {}):
+        check_output(output, force)
 
 
 def _require_attention_in_layer_0(folder: Path) -> None:

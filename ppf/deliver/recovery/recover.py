@@ -14,17 +14,18 @@ from transformers import PreTrainedModel
 
 from ... import checkpoint, memory, ranks
 from ..._version import versions
-from ...checkpoint.checks import REPORT
-from ...checkpoint.headers import read_json
+from ...checkpoint.report import standing_report
 from ...checkpoint.writing import model_bytes
 from ...errors import InputError
 from ...files import check_output, require_space
 from ...fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ...fitting.reader import Reader, Reading
 from ...fitting.run import Protocol
+from ...locks import for_all, locked_result, waiting
 from ...model.stream import Placement
 from ...progress import Progress, logged, silent
 from ...timings import timed
+from ..standing import report_of, stands
 from .corpus import Corpus
 from .methods import Student, require_installed
 from .settings import RecoverySettings
@@ -48,6 +49,7 @@ def recover(
     placement: Placement | None = None,
     force: bool = False,
     progress: Progress = silent,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Train the checkpoint ``pruned`` on ``text`` and write the result, in the same format, to ``output``.
 
@@ -58,14 +60,20 @@ def recover(
 
     Under torchrun, after :func:`ppf.ranks.start`, all processes make the same call, and each holds a share of the
     weights and trains on a share of every batch; any number of them may go on with what any other began. Returns the
-    report that ``ppf.json`` holds. Raises ``InputError`` for anything wrong with the arguments, before any work, and
-    ``PPFError`` if the training diverges.
+    report that ``ppf.json`` holds; an ``output`` that has this result already is left as it is, unless ``force``, with
+    a warning. Raises ``InputError`` for anything wrong with the arguments, before any work, and while another process
+    writes ``output``, unless that is to ``wait``; and ``PPFError`` if the training diverges.
     """
     settings, placement = settings or RecoverySettings(), placement or Placement()
     pruned = checkpoint.local_folder(pruned)  # in every process: each may have a cache of its own
     if teacher is not None and settings.distillation > 0:
         teacher = checkpoint.local_folder(teacher)
-    job = ranks.from_first(lambda: _check(pruned, text, Path(output), settings, teacher, device, force))
+    with waiting(wait), for_all(lambda: locked_result(output)):
+        job = ranks.from_first(lambda: _check(pruned, text, Path(output), settings, teacher, device, force))
+        return job if isinstance(job, dict) else _recover(job, placement, force, progress)
+
+
+def _recover(job: _Job, placement: Placement, force: bool, progress: Progress) -> dict[str, Any]:
     job = replace(job, device=ranks.device(job.device))
     memory.bound(job.device, placement.gpu_memory)
     progress = logged(progress if ranks.first() else silent)
@@ -106,14 +114,15 @@ def _check(
     teacher: str | Path | None,
     device: str,
     force: bool,
-) -> _Job:
-    """Everything that can be refused without reading weights."""
+) -> _Job | dict[str, Any]:
+    """Everything that can be refused without reading weights; the report of an output that is this result already."""
     target = checkpoint.resolve_device(device)
     reader = Reader.of(pruned, settings.sequence_length)
     require_installed(settings.method)
-    report = read_json(pruned / REPORT) if (pruned / REPORT).exists() else {}
+    report = standing_report(pruned)
     folder = find_teacher(pruned, report, teacher, settings.distillation)
-    _check_destination(output, force, {"checkpoint": pruned, "teacher": folder})
+    there = None if force else _recovered(output)
+    _check_destination(output, force, {"checkpoint": pruned, "teacher": folder}, there is not None)
     reading = reader.read(text, most=Corpus.needed(settings.steps * settings.batch))
     question = {
         "checkpoint": checkpoint.fingerprint(pruned),
@@ -122,7 +131,21 @@ def _check(
         "settings": _deciding(settings),
         "device": target.type,
     }
+    if there is not None:
+        if not stands(output, there["recovery"], {"question": question, "versions": versions()}):
+            check_output(output)  # which refuses it
+        Unfinished.remove_of(output, question)
+        return there
+    if (other := _recovered(output)) is not None and other["recovery"]["question"] != question:
+        Unfinished.remove_of(output, other["recovery"]["question"])
     return _Job(pruned, reading, output, settings, folder, target, report, Unfinished(output, question), reader)
+
+
+def _recovered(output: Path) -> dict[str, Any] | None:
+    """The report of ``output`` if that is a recovered checkpoint that says of what."""
+    found = report_of(output)
+    recovery = found and found.get("recovery")
+    return found if isinstance(recovery, dict) and isinstance(recovery.get("question"), dict) else None
 
 
 def _deciding(settings: RecoverySettings) -> dict[str, Any]:
@@ -130,12 +153,13 @@ def _deciding(settings: RecoverySettings) -> dict[str, Any]:
     return {name: value for name, value in settings.to_dict().items() if name != "micro_tokens"}
 
 
-def _check_destination(output: Path, force: bool, inputs: dict[str, Path | None]) -> None:
+def _check_destination(output: Path, force: bool, inputs: dict[str, Path | None], may_stand: bool) -> None:
     target = output.resolve()
     for name, folder in inputs.items():
         if folder is not None and (target == folder.resolve() or target in folder.resolve().parents):
             raise InputError("output", output, f"holds the {name}", "Name a new folder")
-    check_output(output, force)
+    if not may_stand:
+        check_output(output, force)
 
 
 @timed("reading weights")
@@ -210,6 +234,7 @@ def _report(
     settings = job.settings
     recovery = {
         "from": str(job.pruned.resolve()),
+        "question": job.unfinished.question,
         "settings": settings.to_dict(),
         "teacher": None if job.teacher is None else str(job.teacher.resolve()),
         "text": {"path": protocol["text"], "sha256": protocol["sha256"], "training_tokens": corpus.training.numel()},

@@ -7,17 +7,19 @@ OUT.unfinished/state.safetensors    weights being trained, AdamW's moments, step
 from __future__ import annotations
 
 import json
-import shutil
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ...checksums import checksum
 from ...errors import InputError
-from ...files import write_json, write_safetensors
+from ...leftovers import is_temporary_of, remove, sweep_inside, temporary_sibling
+from ...locks import holds
+from ...sealed import Sealed
 
 _QUESTION, _STATE = "question.json", "state.safetensors"
 _WEIGHT = "weight."
@@ -29,54 +31,75 @@ class Unfinished:
 
     def __init__(self, output: Path, question: dict[str, Any]):
         """Raises ``InputError`` if the folder holds the answer to another question; writes nothing."""
-        output = output.resolve()
-        self.path = output.with_name(f"{output.name}.unfinished")
+        self.path = _folder_of(output)
         # As it comes back from disk: tuples are lists there.
-        self._question = json.loads(json.dumps(question))
+        self.question = json.loads(json.dumps(question))
+        self._question_file = _question_file(self.path)
+        owner, remedy = checksum(json.dumps(self.question, sort_keys=True)), f"Delete {self.path} to start anew"
+        self._files = Sealed(self.path, owner, "output", remedy)
         if self.path.exists():
             self._require_same()
+            if holds(output):
+                sweep_inside(self.path)
+
+    @classmethod
+    def remove_of(cls, output: Path, question: dict[str, Any]) -> None:
+        """Remove the folder if it holds what ``output`` has become, whose ``question`` that is: a kill came between."""
+        try:
+            theirs = _question_file(_folder_of(output)).read_json(_QUESTION, dict[str, Any])
+        except InputError:
+            return
+        if theirs == json.loads(json.dumps(question)):
+            cls(output, question).remove()
 
     def begin(self) -> None:
         """Make the folder, if it is not there yet."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / _QUESTION).exists():
-            write_json(self.path / _QUESTION, self._question)
+            self._question_file.write_json(_QUESTION, self.question)
 
-    def load(self, device: torch.device) -> dict[str, Tensor] | None:
-        """The last saved state, or None. Raises ``InputError`` for a damaged file."""
-        file = self.path / _STATE
-        if not file.exists():
+    def load(self, device: torch.device, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor] | None:
+        """The last saved state, with tensors of these ``shapes``, or None. Raises ``InputError`` for a damaged file."""
+        if not self._files.exists(_STATE):
             return None
-        try:
-            return load_file(file, device=str(device))
-        except (OSError, SafetensorError) as error:
-            problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
-            raise InputError("output", file, problem, "Delete the folder to start anew") from None
+        state = self._files.tensors(_STATE, str(device))
+        for name in sorted(set(state) | set(shapes)):
+            if name not in state or name not in shapes or tuple(state[name].shape) != tuple(shapes[name]):
+                raise self._files.damaged(_STATE, f"{name} is not of what is trained")
+            if state[name].numel() and not all(bool(end.isfinite()) for end in torch.aminmax(state[name])):
+                raise self._files.damaged(_STATE, f"{name} holds numbers that are not finite")
+        return state
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in the saved state, on the CPU, by their names."""
-        with safe_open(self.path / _STATE, framework="pt") as saved:
-            names = [name for name in saved.keys() if name.startswith(_WEIGHT)]  # noqa: SIM118  (no mapping)
-            return {name.removeprefix(_WEIGHT): saved.get_tensor(name) for name in names}
+        """The weights in the saved state, on the CPU, by their names. Raises ``InputError`` for a damaged file."""
+        state = self._files.tensors(_STATE)
+        return {name.removeprefix(_WEIGHT): state[name] for name in state if name.startswith(_WEIGHT)}
 
     def save(self, state: dict[str, Tensor]) -> None:
         """Replace the saved state, atomically."""
-        write_safetensors(self.path / _STATE, state)
+        self._files.write_safetensors(_STATE, state)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        """Remove the folder, at once: nothing is left of it that looks like half a state."""
+        gone = temporary_sibling(self.path)
+        os.rename(self.path, gone)
+        remove(gone)
 
     def _require_same(self) -> None:
-        file = self.path / _QUESTION
         if self.path.is_dir() and not any(entry.name in (_QUESTION, _STATE) for entry in self.path.iterdir()):
-            if any(not entry.name.endswith(".tmp") for entry in self.path.iterdir()):
+            if any(not is_temporary_of(entry.name, _QUESTION, _STATE) for entry in self.path.iterdir()):
                 raise InputError("output", self.path, "is in the way of the unfinished state", "Name another output")
             return  # killed before its first file was complete
-        try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problem = f"is not an unfinished recovery ({' '.join(str(error).split())[:200]})"
-            raise InputError("output", self.path, problem, "Move it away, or name another output") from None
-        if theirs != self._question:
-            different = next(name for name in self._question if theirs.get(name) != self._question[name])
+        theirs = self._question_file.read_json(_QUESTION, dict[str, Any])
+        if theirs != self.question:
+            different = next(name for name in self.question if theirs.get(name) != self.question[name])
             raise InputError("output", self.path, f"is an unfinished recovery with another {different}", _REMEDY)
+
+
+def _question_file(folder: Path) -> Sealed:
+    return Sealed(folder, "", "output", f"Move {folder} away, or name another output")
+
+
+def _folder_of(output: Path) -> Path:
+    output = output.resolve()
+    return output.with_name(f"{output.name}.unfinished")

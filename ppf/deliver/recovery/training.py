@@ -145,9 +145,15 @@ class Training:
     def _read(self, state: dict[str, Tensor]) -> int | None:
         """Fill ``state`` with what is on disk; the step it is of."""
         # Shares of a tensor are given out one tensor at a time.
-        found = self.unfinished.load(self.device if ranks.world() == 1 else torch.device("cpu"))
+        found = self.unfinished.load(self.device if ranks.world() == 1 else torch.device("cpu"), self._shapes())
         state.update(found or {})
         return None if found is None else int(found["step"])
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all that a state holds."""
+        prefixes = "weight", *_MOMENTS
+        trained = {f"{p}.{name}": tuple(w.shape) for p in prefixes for name, w in self.student.trained.items()}
+        return trained | {"step": (), "losses": tuple(self.losses.shape)}
 
 
 def schedule(step: int, steps: int) -> float:

@@ -34,12 +34,17 @@ class Evaluator:
 
     ``decoder`` stands in ranking order; ``library`` gives the refitted output projections of each level, or is None for
     plain masking (the dense ones, cut to the width). ``sequences`` is int64 [N, T]; each sequence is scored on its own,
-    from its second token on. A policy's result does not depend on those it is evaluated with.
+    from its second token on, or only its tokens that are ``scored``, bool [N, T]. A policy's result does not depend on
+    those it is evaluated with.
     """
 
-    def __init__(self, decoder: Decoder, grid: Grid, sequences: Tensor, library: Library | None = None):
+    def __init__(
+        self, decoder: Decoder, grid: Grid, sequences: Tensor, library: Library | None = None,
+        scored: Tensor | None = None,
+    ):  # fmt: skip
         self.decoder, self.grid, self.library = decoder, grid, library
         self.sequences = sequences.to(decoder.device)
+        self.scored = None if scored is None else scored.to(decoder.device)
         self._engines: dict[int, LayerMajor | Batched] = {}  # by number of sequences
 
     @property
@@ -69,8 +74,9 @@ class Evaluator:
         if not policies:
             return []
         sequences = take_tokens(self.sequences, tokens)
-        count, length = sequences.shape
-        return (self._engine(sequences).losses(self._levels(policies)) / (count * (length - 1))).tolist()
+        scored = None if self.scored is None else take_tokens(self.scored, tokens)
+        count = sequences[:, 1:].numel() if scored is None else int(scored[:, 1:].sum())
+        return (self._engine(sequences, scored).losses(self._levels(policies)) / count).tolist()
 
     @torch.no_grad()
     def logits(self, policy: Policy, tokens: Tensor) -> Tensor:
@@ -83,20 +89,20 @@ class Evaluator:
         """Levels in execution order."""
         return [executed(row) for row in self.grid.encode(policies).tolist()]
 
-    def _engine(self, sequences: Tensor) -> LayerMajor | Batched:
+    def _engine(self, sequences: Tensor, scored: Tensor | None) -> LayerMajor | Batched:
         """The engine of a part of the text; kept, for it remembers dense activations."""
         if len(sequences) not in self._engines:
-            self._engines[len(sequences)] = self._make_engine(sequences)
+            self._engines[len(sequences)] = self._make_engine(sequences, scored)
         return self._engines[len(sequences)]
 
-    def _make_engine(self, sequences: Tensor) -> LayerMajor | Batched:
-        if batched.applies(self.decoder):
+    def _make_engine(self, sequences: Tensor, scored: Tensor | None) -> LayerMajor | Batched:
+        if scored is None and batched.applies(self.decoder):  # its kernel scores all tokens
             return Batched(self.decoder, self.grid, self._prepared, sequences)
-        return self._layer_major(sequences)
+        return self._layer_major(sequences, scored)
 
-    def _layer_major(self, sequences: Tensor) -> LayerMajor:
+    def _layer_major(self, sequences: Tensor, scored: Tensor | None = None) -> LayerMajor:
         reserved = 0 if self.library is None else max(0, self.library.outstanding)
-        return LayerMajor(self.decoder, self.grid, sequences, self._stepper, reserved)
+        return LayerMajor(self.decoder, self.grid, sequences, self._stepper, reserved, scored)
 
     @cached_property
     def _stepper(self) -> Stepper:

@@ -20,8 +20,11 @@ _PROBE_TOKENS = 8
 
 
 @torch.no_grad()
-def model_log_perplexity(model: PreTrainedModel, sequences: Tensor, progress: Progress = silent) -> float:
-    """Mean negative log-likelihood in nats of int64 ``sequences`` [N, T], each scored from its second token on.
+def model_log_perplexity(
+    model: PreTrainedModel, sequences: Tensor, progress: Progress = silent, counted: Tensor | None = None
+) -> float:
+    """Mean negative log-likelihood in nats of int64 ``sequences`` [N, T], each scored from its second token on, or only
+    of the tokens ``counted``, bool [N, T].
 
     Logits exist for a block of tokens at a time, so that a vocabulary of 256k fits. ``progress`` counts tokens.
     Raises ``InputError`` for a model whose logits are not its head applied to its hidden states, scaled and capped as
@@ -31,14 +34,14 @@ def model_log_perplexity(model: PreTrainedModel, sequences: Tensor, progress: Pr
     scale, cap = logit_scale(model.config), logit_cap(model.config)
     _require_plain_head(model, head, scale, cap, sequences[:1, :_PROBE_TOKENS])
     total, scored = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch in batches(sequences, model.device):
+    counted = torch.ones_like(sequences, dtype=torch.bool) if counted is None else counted
+    for batch, counts in zip(batches(sequences, model.device), batches(counted, model.device), strict=True):
         tokens = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-        total += head_losses(hidden, head, tokens, scale, cap).double().sum()
+        total += head_losses(hidden, head, tokens, scale, cap)[counts[:, 1:].to(model.device)].double().sum()
         scored += tokens.numel()
         progress("score", scored, sequences.numel())
-    count, length = sequences.shape
-    value = float(total) / (count * (length - 1))
+    value = float(total) / int(counted[:, 1:].sum())
     require_finite(value, model.dtype)
     return value
 

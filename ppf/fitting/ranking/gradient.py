@@ -29,21 +29,26 @@ Scores = Mapping[str, Tensor]
 """One layer's scores by kind of sub-layer, fp32: of every input of its output projection."""
 
 
-def gradient_scores(name: str, decoder: Decoder, sequences: Tensor, seed: int) -> list[Scores]:
-    """Scores of every layer for the ranking ``name``; ``decoder`` and channels in checkpoint order."""
+def gradient_scores(
+    name: str, decoder: Decoder, sequences: Tensor, seed: int, scored: Tensor | None = None
+) -> list[Scores]:
+    """Scores of every layer for the ranking ``name``; ``decoder`` and channels in checkpoint order. The loss is that of
+    int64 ``sequences`` [N, T], or of the tokens ``scored``, bool [N, T]."""
     if name == "taylor":
-        return taylor(decoder, sequences)
-    return loraprune(decoder, sequences, seed)
+        return taylor(decoder, sequences, scored)
+    return loraprune(decoder, sequences, seed, scored)
 
 
-def taylor(decoder: Decoder, sequences: Tensor) -> list[Scores]:
+def taylor(decoder: Decoder, sequences: Tensor, scored: Tensor | None = None) -> list[Scores]:
     """LLM-Pruner (arXiv 2305.11627), first order and element-wise: Σ |w·∂L/∂w| over the coupled weights."""
     leaves = [_mapped(layer, names, lambda _, w: w.detach().requires_grad_()) for layer, names in _units(decoder)]
     total = [{n: torch.zeros_like(layer[n], dtype=torch.float32) for n in names} for layer, names in _units(decoder)]
-    parts = _batches(take_tokens(sequences, _TAYLOR_TOKENS), decoder)
+    sequences, scored = (take_tokens(held, _TAYLOR_TOKENS) for held in (sequences, _counted(sequences, scored)))
     flat = [leaf[name] for leaf, names in zip(leaves, _names(decoder), strict=True) for name in names]
-    for tokens in parts:
-        found = iter(torch.autograd.grad(_loss(decoder, leaves, tokens) / len(parts), flat))
+    whole = scored[:, 1:].sum()
+    for tokens, counted in zip(_batches(sequences, decoder), _batches(scored, decoder), strict=True):
+        share = counted[:, 1:].sum() / whole
+        found = iter(torch.autograd.grad(_loss(decoder, leaves, tokens, counted) * share, flat))
         for sums in total:
             for name in sums:
                 sums[name] += next(found).float()
@@ -54,17 +59,18 @@ def taylor(decoder: Decoder, sequences: Tensor) -> list[Scores]:
         ]
 
 
-def loraprune(decoder: Decoder, sequences: Tensor, seed: int) -> list[Scores]:
+def loraprune(decoder: Decoder, sequences: Tensor, seed: int, scored: Tensor | None = None) -> list[Scores]:
     """LoRAPrune (arXiv 2305.18403): Σ |ĝ·w| with ĝ = B′A + BA′ − B′A′ from a LoRA's weights and gradients (primed),
     in a moving average of memory 0.9 over 20 steps of fine-tuning. The pruning itself happens once, at the end."""
-    adapters = _Adapters(decoder, seed)
+    adapters, scored = _Adapters(decoder, seed), _counted(sequences, scored)
     optimiser = torch.optim.AdamW([t for pair in adapters.pairs() for t in pair], lr=_RATE)
     average: list[Scores] | None = None
     per_step = max(1, _STEP_TOKENS // sequences.shape[1])
     for step in range(_STEPS):
         at = torch.arange(step * per_step, (step + 1) * per_step) % len(sequences)
         optimiser.zero_grad()
-        _loss(decoder, adapters.merged(), sequences[at].to(decoder.device)).backward()
+        tokens, counted = sequences[at].to(decoder.device), scored[at].to(decoder.device)
+        _loss(decoder, adapters.merged(), tokens, counted).backward()
         now = [_channels(decoder, index, layer) for index, layer in enumerate(adapters.salience())]
         average = now if average is None else [_mixed(*pair) for pair in zip(average, now, strict=True)]
         optimiser.step()
@@ -147,11 +153,16 @@ def _mapped(layer: Layer, names: Sequence[str], change: Callable[[str, Tensor], 
     return dict(layer) | {name: change(name, layer[name]) for name in names}
 
 
-def _loss(decoder: Decoder, layers: Sequence[Layer], tokens: Tensor) -> Tensor:
-    """Mean loss of the dense model, with a graph."""
+def _loss(decoder: Decoder, layers: Sequence[Layer], tokens: Tensor, scored: Tensor) -> Tensor:
+    """Mean loss of the dense model over the tokens that are ``scored``, with a graph."""
     grid = Grid(decoder.structure, 1)
     with torch.enable_grad():
-        return masked_losses(decoder, grid, list(grid.maximum), tokens, layers).mean()
+        return masked_losses(decoder, grid, list(grid.maximum), tokens, layers)[scored[:, 1:]].mean()
+
+
+def _counted(sequences: Tensor, scored: Tensor | None) -> Tensor:
+    """Which tokens count: all, if nothing is said."""
+    return torch.ones_like(sequences, dtype=torch.bool) if scored is None else scored
 
 
 def _batches(sequences: Tensor, decoder: Decoder) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """A run: what ``ppf fit`` leaves behind on disk, and the answers that need no weights.
 
-RUN/run.json                 model, fingerprint, structure, settings, texts, state
+RUN/run.json                 model, fingerprint, structure, settings, texts, state; once complete, all checksums
 RUN/texts.safetensors        token sequences of calibration and evaluation
 RUN/statistics/layer-000…    calibration statistics and ranking of each layer
 RUN/library/layer-000…       refitted o and down of each level
@@ -8,26 +8,28 @@ RUN/experience.sqlite        measured policies
 RUN/model                    the dense model, if it was fitted from memory
 RUN/rounds.json              how far the predictor was off at the agent's own policies, round by round
 RUN/predictor.safetensors, RUN/agent.safetensors
+
+Every file is sealed (:mod:`ppf.sealed`), and every row of the experience has a checksum; RUN/model has them in
+run.json. What is read is checked first, against these and for values that no fit writes.
 """
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...checkpoint import fingerprint, recall
 from ...choose.agent import Agent
 from ...choose.budget.projection import check_ratio
 from ...choose.predictor import Prediction, Predictor, make_predictor
+from ...choose.predictor.gaussian import GaussianProcess
 from ...errors import InputError
 from ...families import KINDS
 from ...model.layer import LayerRanking
@@ -35,12 +37,15 @@ from ...model.policy import Policy
 from ...model.structure import Structure
 from ..calibration import LayerStatistics, Moments
 from ..experience import Experience
+from . import values
+from .manifest import EXPERIENCE, in_memory, read_manifest, sealed
 from .settings import Settings
 
-MANIFEST, ROUNDS, MODEL = "run.json", "rounds.json", "model"
+MODEL, TEXTS = "model", "texts.safetensors"
+PREDICTOR, AGENT = "predictor.safetensors", "agent.safetensors"
 _Module = TypeVar("_Module", bound=nn.Module)
-# What every manifest has, with the type of its JSON value.
-_FIELDS = {"model": str, "fingerprint": str, "structure": dict, "settings": dict, "texts": dict, "state": str}
+# Files whose values were looked at in this process, with their seals.
+_judged: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,17 @@ class Run:
         self.settings = Settings.from_dict(self.manifest["settings"])
         self.structure = Structure.from_dict(self.manifest["structure"])
         self.grid = self.settings.grid(self.structure)
+        self.files = sealed(self.path, self.manifest)
 
     @cached_property
     def model_path(self) -> Path:
         """Where the dense checkpoint is: where it was when the run was fitted, or in the run if that was from memory.
         If it has gone from there, the hub or the GGUF file that it came from is asked again; raises ``InputError`` if
         that fails."""
-        source = self.manifest.get("source")
-        if source is not None and source["kind"] == "memory":
-            return self.path / MODEL
-        return recall(Path(self.manifest["model"]), source)
+        if in_memory(self.manifest):
+            values.require_model_files(self.files, MODEL, self.manifest.get("model_files", {}), weights=False)
+            return self.path / MODEL  # weights are checked before they are read: see require_model
+        return recall(Path(self.manifest["model"]), self.manifest.get("source"))
 
     @property
     def is_complete(self) -> bool:
@@ -83,15 +89,27 @@ class Run:
 
     @cached_property
     def experience(self) -> Experience:
-        return Experience(self.path / "experience.sqlite")
+        store = self.store(self.path / EXPERIENCE, new=False)
+        if (known := self.manifest.get("experience")) is not None:
+            store.require(known["rows"], known["checksum"])
+        return store
+
+    def store(self, path: Path, new: bool = True) -> Experience:
+        """A store of measurements of this run's policies; see :class:`ppf.fitting.experience.Experience`."""
+        return Experience(path, self.files.owner, new, lambda rows: values.require_rows(rows, self.grid))
 
     @cached_property
     def predictor(self) -> Predictor:
-        return self._loaded(make_predictor(self.settings.predictor, self.grid), "predictor.safetensors")
+        found = self._loaded(make_predictor(self.settings.predictor, self.grid), PREDICTOR)
+        if isinstance(found, GaussianProcess) and (
+            problem := values.require_data(found.levels, found.targets, self.grid)
+        ):
+            raise self.files.damaged(PREDICTOR, problem)
+        return found
 
     @cached_property
     def agent(self) -> Agent:
-        return self._loaded(Agent(self.grid), "agent.safetensors")
+        return self._loaded(Agent(self.grid), AGENT)
 
     def policy(self, ratio: float) -> Answer:
         """The agent's policy for any ratio, with the predictor's opinion of it.
@@ -104,7 +122,7 @@ class Run:
         start = time.perf_counter()
         levels = agent(torch.tensor([float(ratio)]))
         milliseconds = 1000 * (time.perf_counter() - start)
-        prediction = predictor(levels)
+        prediction = self._sound(predictor(levels))
         policy = self.grid.decode(levels)[0]
         return Answer(
             policy, ratio, self.grid.ratio(policy), float(prediction.mean), float(prediction.std), milliseconds
@@ -113,34 +131,53 @@ class Run:
     def predict(self, policy: Policy) -> Prediction:
         """The predictor's log-perplexity [1] for any policy on the grid."""
         self.require_complete()
-        return self.predictor(self.grid.encode([policy]))
+        return self._sound(self.predictor(self.grid.encode([policy])))
 
     @cached_property
     def ranking(self) -> list[LayerRanking]:
         """Every layer's units by falling importance."""
-        found = []
-        for index in range(self.structure.layers):
-            tensors = self.tensors(layer_file("statistics", index), *(f"ranking.{kind}" for kind in KINDS))
-            found.append(LayerRanking(**{kind: tensors[f"ranking.{kind}"] for kind in KINDS}))
-        return found
+        return [self._statistics(index)[0] for index in range(self.structure.layers)]
 
     def moments(self, index: int) -> LayerStatistics:
         """Moments of the inputs of one layer's output projections over the calibration text, in checkpoint order."""
-        kinds = [kind for kind in KINDS if self.structure.of(kind)[index].units]
-        names = [f"{kind}.{part}" for kind in kinds for part in ("mean", "variance")]
-        tensors = self.tensors(layer_file("statistics", index), *names)
-        found = {kind: Moments(tensors[f"{kind}.mean"], tensors[f"{kind}.variance"]) for kind in kinds}
-        return LayerStatistics(**{kind: found.get(kind) for kind in KINDS})
+        return self._statistics(index)[1]
 
     def sequences(self, part: str = "evaluation") -> Tensor:
         """Token sequences int64 [N, T] of "calibration" or "evaluation"."""
-        return self.tensors("texts.safetensors", part)[part].to(torch.int64)
+        return self._texts[part].to(torch.int64)
+
+    def scored(self, part: str = "evaluation") -> Tensor | None:
+        """The tokens of :meth:`sequences` that count, bool [N, T]: those of answers. None if all do."""
+        return self._texts.get(f"{part}.scored")
+
+    @property
+    def _texts(self) -> dict[str, Tensor]:
+        vocabulary, length = self.manifest["vocabulary"], self.settings.sequence_length
+        return self.checked(TEXTS, lambda tensors: values.require_texts(tensors, vocabulary, length))
+
+    def _statistics(self, index: int) -> tuple[LayerRanking, LayerStatistics]:
+        name = layer_file("statistics", index)
+        found = self.checked(name, lambda tensors: values.require_statistics(tensors, self.structure, index))
+        moments = {
+            kind: Moments(found[f"{kind}.mean"], found[f"{kind}.variance"])
+            for kind in KINDS
+            if self.structure.of(kind)[index].units
+        }
+        ranking = LayerRanking(**{kind: found[f"ranking.{kind}"] for kind in KINDS})
+        return ranking, LayerStatistics(**{kind: moments.get(kind) for kind in KINDS})
+
+    def factors(self, index: int) -> dict[str, Tensor]:
+        """One layer's file of the library (:data:`ppf.fitting.factors.STORED`), memory-mapped."""
+        name = layer_file("library", index)
+        return self.checked(name, lambda tensors: values.require_factors(tensors, self.grid, index))
 
     def require_model(self) -> None:
         """Raise ``InputError`` if the checkpoint is gone or is no longer the one fitted."""
+        values.require_model_files(self.files, MODEL, self.manifest.get("model_files", {}), weights=True)
         if fingerprint(self.model_path) != self.manifest["fingerprint"]:
             problem = f"is not the model that {self.path} was fitted on"
-            raise InputError("model", self.model_path, problem, "Put the original checkpoint back, or fit a new run")
+            remedy = "Put the original checkpoint back, or fit a new run"
+            raise InputError("model", self.model_path, problem, remedy)
 
     def require_complete(self) -> None:
         """Raise ``InputError`` while the fit is unfinished."""
@@ -148,44 +185,32 @@ class Run:
             remedy = "Start the same `ppf fit` command again: it goes on where it stopped"
             raise InputError("run", self.path, "its fit is not finished", remedy)
 
-    def tensors(self, name: str | Path, *needed: str) -> dict[str, Tensor]:
-        """The tensors of one file of this run; raises ``InputError`` if it is damaged or lacks one that is needed."""
-        try:
-            tensors = load_file(self.path / name)
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(name, error) from None
-        for tensor in needed:
-            if tensor not in tensors:
-                raise self._damaged(name, KeyError(tensor))
+    def checked(self, name: str, judge: Callable[[dict[str, Tensor]], str | None]) -> dict[str, Tensor]:
+        """The tensors of one file of this run. Raises ``InputError`` naming the file if it is missing, may not be read
+        or is damaged, and where ``judge`` says what is wrong with them; it is asked once a process."""
+        tensors, key = self.files.tensors(name), (name, self.files.seal(name))
+        if key not in _judged:
+            if (problem := judge(tensors)) is not None:
+                raise self.files.damaged(name, problem)
+            _judged.add(key)
         return tensors
 
     def _loaded(self, module: _Module, name: str) -> _Module:
+        expected = {key: tensor.dtype for key, tensor in module.state_dict().items()}
+        state = self.checked(name, lambda tensors: values.require_state(tensors, expected))
         try:
-            module.load_state_dict(self.tensors(name))
-        except RuntimeError as error:  # tensors of another name or shape
-            raise self._damaged(name, error) from None
+            module.load_state_dict(state)
+        except RuntimeError as error:  # tensors of another shape
+            raise self.files.damaged(name, f"cannot be read ({' '.join(str(error).split())})") from None
         return module.eval()
 
-    def _damaged(self, name: str | Path, error: Exception) -> InputError:
-        remedy = "Start the same `ppf fit` command again if it was not finished, or fit a new run"
-        problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
-        return InputError("run", self.path / name, problem, remedy)
+    def _sound(self, prediction: Prediction) -> Prediction:
+        """Raise ``InputError`` for a prediction that is not a number."""
+        if not (prediction.mean.isfinite().all() and prediction.std.isfinite().all()):
+            raise self.files.damaged(PREDICTOR, "predicts what is not a number")
+        return prediction
 
 
-def layer_file(folder: str, index: int) -> Path:
-    """Path of one layer's file inside a run."""
-    return Path(folder) / f"layer-{index:03d}.safetensors"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The contents of ``run.json``. Raises ``InputError`` if ``path`` is no run."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, kind in _FIELDS.items():
-            if not isinstance(manifest[name], kind):
-                raise TypeError(name)
-        Settings.from_dict(manifest["settings"]).grid(Structure.from_dict(manifest["structure"]))
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "no such folder" if not path.is_dir() else f"no readable {MANIFEST} in it ({type(error).__name__})"
-        raise InputError("run", path, reason, "Give a folder that `ppf fit --output` made") from None
+def layer_file(folder: str, index: int) -> str:
+    """Name of one layer's file inside a run."""
+    return f"{folder}/layer-{index:03d}.safetensors"

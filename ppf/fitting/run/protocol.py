@@ -39,14 +39,24 @@ class Protocol:
 
     @classmethod
     def of_run(cls, run: Run, sequences: Tensor) -> Protocol:
-        """The protocol of a run's evaluation ``sequences`` [N, T]."""
+        """The protocol of a run's evaluation ``sequences`` [N, T]; of own answers, ``tokens`` are those of these."""
+        if (scored := run.scored()) is not None:
+            return cls._of_answers(run, sequences, int(scored.sum()))
         name = "eval_text" if run.manifest["files"]["eval_text"] else "text"
         part = "evaluation split" if name == "eval_text" else "evaluation split (from the last quarter)"
         sha256, (_, length) = run.manifest["texts"][name], sequences.shape
-        begins = family_of(read_config(run.model_path).model_type).begins
-        begin = int(sequences[0, 0]) if begins else None
+        begin = _begin(run, sequences)
         read_as = run.manifest.get("read_as", {}).get(name)
         return cls(run.manifest["files"][name], sha256, part, length, sequences.numel(), begin, read_as)
+
+    @classmethod
+    def _of_answers(cls, run: Run, sequences: Tensor, tokens: int) -> Protocol:
+        answers = run.manifest["own_answers"]
+        told = {name: answers[name] for name in ("read_as", "most_tokens", "temperature", "seed")}
+        told |= {"answers": answers["evaluation"]["answers"]} | run.manifest["texts"]["own_answers"].get("form", {})
+        part = "the dense model's own answers to the last of its prompts, only the answers' tokens"
+        begin, length = _begin(run, sequences), sequences.shape[1]
+        return cls(answers["prompts"], answers["sha256"], part, length, tokens, begin, {"own_answers": told})
 
     @property
     def beginning(self) -> str:
@@ -60,3 +70,8 @@ class Protocol:
     def __str__(self) -> str:
         size = f"{self.tokens:,} tokens in sequences of {self.sequence_length}{self.beginning}"
         return f"{Path(self.text).name}, {self.part}, {size}, sha256 {self.sha256[:12]}"
+
+
+def _begin(run: Run, sequences: Tensor) -> int | None:
+    """The id in front of every sequence, if the family of the run's model has one there."""
+    return int(sequences[0, 0]) if family_of(read_config(run.model_path).model_type).begins else None

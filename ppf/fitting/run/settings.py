@@ -31,6 +31,7 @@ class Settings:
     portable: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_ranking(self.ranking)
         predictor_kinds.predictor_named(self.predictor)
         agent_kinds.trainer_named(self.agent)
@@ -46,6 +47,20 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(name.replace("_", "-"), value, why, f"Use a whole number, at least {least}")
+            if value > _MOST:
+                raise InputError(name.replace("_", "-"), value, "is more than anything counts to", f"At most {_MOST}")
+
+    def _check_types(self) -> None:
+        for name, kind, said in (
+            ("ranking", str, "a name"),
+            ("predictor", str, "a name"),
+            ("agent", str, "a name"),
+            ("early_stop", bool, "true or false"),
+            ("portable", bool, "true or false"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise InputError(name.replace("_", "-"), value, f"is not {said}", f"Give {said}")
 
     def grid(self, structure: Structure) -> Grid:
         """The grid of policies that a fit with these settings learns."""
@@ -56,8 +71,9 @@ class Settings:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Settings:
-        """Inverse of :meth:`to_dict`; raises ``TypeError`` for unknown names."""
-        return cls(**data)
+        """Inverse of :meth:`to_dict`. Raises ``InputError`` for a name that is not a setting, and values that none
+        has."""
+        return settings_of(None, data)
 
     def difference(self, other: Settings) -> str | None:
         """The name of the first setting in which the two differ, or None."""
@@ -77,6 +93,7 @@ def settings_of(settings: Settings | None, values: Mapping[str, Any]) -> Setting
     return settings or Settings(**values)
 
 
+_MOST = 1 << 48
 # Fewer rows than this leave some members of the predictor without a batch to learn from.
 MINIMUM_EVALUATIONS = 24
 

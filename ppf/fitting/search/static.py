@@ -43,14 +43,18 @@ _PATIENCE = 200  # rounds of mutation without a new policy
 
 
 class Search:
-    """One search; ``predictor`` is refitted in place as measurements come in, ``experience`` grows."""
+    """One search; ``predictor`` is refitted in place as measurements come in, ``experience`` grows.
+
+    With ``ceiling`` no policy that it measures keeps more than ``ratio`` leaves; else they are the nearest to it.
+    """
 
     def __init__(
-        self, evaluator: Evaluator, experience: Experience, predictor: Predictor, agent: Agent, ratio: float, seed: int
-    ):
+        self, evaluator: Evaluator, experience: Experience, predictor: Predictor, agent: Agent, ratio: float, seed: int,
+        ceiling: bool = False,
+    ):  # fmt: skip
         check_ratio(ratio, evaluator.grid)
         self.evaluator, self.experience, self.predictor, self.agent = evaluator, experience, predictor, agent
-        self.grid, self.ratio, self.seed = evaluator.grid, ratio, seed
+        self.grid, self.ratio, self.seed, self.ceiling = evaluator.grid, ratio, seed, ceiling
         self.generator = torch.Generator().manual_seed(seed)
         self.measured: dict[Policy, float] = {}
         self._success = {"guided": 1.0, "local": 1.0}
@@ -89,7 +93,7 @@ class Search:
 
     def _first(self, count: int) -> dict[Policy, str]:
         """The agent's answer first, then what is bred from it and from the best measured policies nearby."""
-        answer = self.grid.decode(self.agent(torch.tensor([self.ratio], device=self.agent.device)))[0]
+        answer = self.grid.decode(self._answers(1))[0]
         return dict([(answer, "agent"), *self._guided(count).items()][:count]) if count > 1 else {answer: "agent"}
 
     def _proposals(self, count: int) -> dict[Policy, str]:
@@ -101,9 +105,9 @@ class Search:
         """The best unmeasured policies of islands that differ in caution, taken from each in turn."""
         islands = len(_CAUTIONS)
         start = self._population().expand(islands, -1, -1)
-        ratio = torch.full((islands,), self.ratio, device=start.device)
+        ratio = self._ratios(islands)
         judge = cautious(self.predictor, torch.tensor(_CAUTIONS))
-        pool = breed(start, ratio, judge, self.grid, self.generator, _EFFORT).cpu()
+        pool = breed(start, ratio, judge, self.grid, self.generator, _EFFORT, self.ceiling).cpu()
         candidates = self.grid.decode(pool.transpose(0, 1).flatten(0, 1))
         chosen: dict[Policy, str] = {}
         for apart in (_APART, 1):
@@ -120,11 +124,18 @@ class Search:
         if len(known) < _POPULATION:
             rows = sorted(self.experience.rows(), key=lambda r: r.log_perplexity + 100 * abs(r.ratio - self.ratio))
             known += [row.policy for row in rows[: _POPULATION - len(known)]]
-        device = self.agent.device
-        ratio = torch.full((_POPULATION,), self.ratio, device=device)
-        moved = move(self.grid.encode(known).to(device), self.grid, ratio[: len(known)])
-        noisy = self.agent(ratio[: _POPULATION // 4], noise=0.3, generator=self.generator)
-        return torch.cat((moved, self.agent(ratio[:1]), noisy))[None]
+        levels = self.grid.encode(known).to(self.agent.device)
+        moved = move(levels, self.grid, self._ratios(len(known)), self.ceiling)
+        noisy = self._answers(_POPULATION // 4, noise=0.3)
+        return torch.cat((moved, self._answers(1), noisy))[None]
+
+    def _answers(self, count: int, noise: float = 0.0) -> Tensor:
+        """Levels int64 [count, S] of the agent's answers, on its device."""
+        return self.agent(self._ratios(count), noise, self.generator if noise else None, self.ceiling)
+
+    def _ratios(self, count: int) -> Tensor:
+        """The budget, fp64 [count]: in fp32 a ceiling of billions of parameters would be off by hundreds."""
+        return torch.full((count,), self.ratio, dtype=torch.float64, device=self.agent.device)
 
     def _local(self, count: int, taken: dict[Policy, str]) -> dict[Policy, str]:
         """``count`` mutants of the best measured policies, each the most promising of a few."""
@@ -140,7 +151,8 @@ class Search:
 
     def _screened(self, parents: Tensor, count: int) -> list[Policy]:
         drawn = torch.randint(len(parents), (count,), generator=self.generator).to(parents.device)
-        mutants = mutate(parents[drawn].repeat_interleave(_SCREENED, 0), self.grid, self.generator, ratio=self.ratio)
+        parents = parents[drawn].repeat_interleave(_SCREENED, 0)
+        mutants = mutate(parents, self.grid, self.generator, ratio=self.ratio, ceiling=self.ceiling)
         mutants = mutants.view(count, _SCREENED, -1)
         # A mutant that is known already would win its screening again and again.
         known = torch.tensor([[p in self.measured for p in self.grid.decode(group)] for group in mutants])

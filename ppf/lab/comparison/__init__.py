@@ -2,12 +2,15 @@
 
 OUTPUT/question.json     run, report text and seed: a resumed comparison must ask the same
 OUTPUT/cells/…           one method at one ratio each
+OUTPUT/tasks/…           what tasks say of it, and of the dense model, if they were asked
 OUTPUT/comparison.json   everything, OUTPUT/comparison.html the same for people
 """
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,28 @@ import torch
 
 from ..._version import versions
 from ...checkpoint import read_config
+from ...checksums import checksum
 from ...choose.budget.projection import check_ratio
-from ...errors import InputError
+from ...deliver.results import check_tasks
+from ...errors import InputError, shown
 from ...families import family_of
 from ...files import write_json
 from ...fitting.reader import Reader
 from ...fitting.run import Protocol, Run
 from ...fitting.session import Session
+from ...fitting.tasks import Tasks
+from ...leftovers import is_temporary_of
+from ...locks import is_lock, locked_folder, sweep
 from ...progress import Progress, silent
+from ...sealed import Sealed
 from ...text import take_tokens
 from .cells import Cells, compute
+from .judging import Judge
 from .methods import ALL, Method, parse_methods, suited
 from .page import comparison_page
 
 _QUESTION = "question.json"
+_FILES = "comparison.json", "comparison.html"
 
 
 def compare(
@@ -41,14 +52,16 @@ def compare(
     tokens: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    tasks: Tasks | None = None,
 ) -> dict[str, Any]:
-    """Compare ``methods`` at ``ratios``; perplexities are reported on ``text``, in the run's sequence length.
+    """Compare ``methods`` at ``ratios``; perplexities are reported on ``text``, in the run's sequence length,
+    and every model is judged by ``tasks`` if there are any.
 
     Writes into ``output`` and returns what ``comparison.json`` holds. If ``output`` holds an unfinished comparison of
-    the same run and text, its finished cells are kept; methods and ratios may be added. Raises ``InputError`` for
-    anything wrong with the arguments, before any work: among it a ``text`` that policies were chosen on, and a method
-    that the model's family, or weights that stream, do not allow (one that stands here only because of "all" is left
-    out instead).
+    the same run and text, its finished cells are kept; methods, ratios and tasks may be added. Raises ``InputError``
+    for anything wrong with the arguments, before any work: among it a ``text`` that policies were chosen on, and a
+    method that the model's family, or weights that stream, do not allow (one that stands here only because of "all" is
+    left out instead).
     """
     run, output = session.run, Path(output)
     for ratio in ratios:
@@ -59,12 +72,20 @@ def compare(
     sequences = take_tokens(reading.sequences, tokens).long()
     protocol = Protocol.of_reading(reading, sequences, reading.part(tokens is None))
     _require_other_text(run, protocol)
+    check_tasks(session, tasks)
     methods, left_out = suited(methods, family_of(read_config(run.model_path).model_type), session.permuted.resident)
-    _ask(output, {"run": _identity(run), "protocol": protocol.to_dict(), "seed": seed})
-    cells = compute(Cells(session, sequences, output / "cells", seed), methods, ratios, progress)
-    data = _summary(session, protocol, seed, ratios, cells) | {"left_out": left_out}
-    write_json(output / "comparison.json", data)
-    comparison_page(data).write(output / "comparison.html")
+    with locked_folder(output):
+        question = {"run": _identity(run), "protocol": protocol.to_dict(), "seed": seed}
+        _ask(output, question)
+        computing = Cells(session, sequences, _answers(output / "cells", question), seed)
+        cells, judged = compute(computing, methods, ratios, progress), {}
+        if tasks is not None:
+            judge = Judge(session, lambda: computing.statistics.moments, tasks, _answers(output / "tasks", question))
+            judged, cells = {"dense_tasks": judge.dense(progress)}, judge.cells(cells, progress)
+        data = _summary(session, protocol, seed, ratios, cells) | {"left_out": left_out} | judged
+        if not _stands(output, data):
+            write_json(output / _FILES[0], data)
+            comparison_page(data).write(output / _FILES[1])
     return data
 
 
@@ -81,15 +102,34 @@ def _require_other_text(run: Run, protocol: Protocol) -> None:
 
 
 def _ask(output: Path, question: dict[str, Any]) -> None:
-    """Make ``output`` the folder of ``question``, or check that it is."""
-    file = output / _QUESTION
-    if file.exists():
-        if json.loads(file.read_text(encoding="utf-8")) != question:
+    """Make ``output`` the folder of ``question``, or check that it is; what killed ones left in it is swept."""
+    file = Sealed(output, "", "output", "Name a new folder")
+    if file.exists(_QUESTION):
+        if file.read_json(_QUESTION, dict[str, Any]) != question:
             raise InputError("output", output, "is a comparison of another run, text or seed", "Name a new folder")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif not all(is_lock(name) or is_temporary_of(name, _QUESTION) for name in os.listdir(output)):
         raise InputError("output", output, "exists, is not empty and is not a comparison", "Name a new folder")
-    (output / "cells").mkdir(parents=True, exist_ok=True)
-    write_json(file, question)
+    sweep(output)
+    file.write_json(_QUESTION, question)  # first: nothing but it says whose the folder is
+    (output / "cells").mkdir(exist_ok=True)
+
+
+def _answers(folder: Path, question: dict[str, Any]) -> Sealed:
+    """The files of a folder, which are answers to one question."""
+    owner = checksum(json.dumps(question, sort_keys=True))
+    return Sealed(folder, owner, "output", "Remove this file: what it held is found again")
+
+
+def _stands(output: Path, data: dict[str, Any]) -> bool:
+    """True, with a warning that says so, if ``output`` holds all of ``data`` already."""
+    try:
+        said = json.loads((output / _FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if said != json.loads(json.dumps(data)) or not (output / _FILES[1]).exists():
+        return False
+    warnings.warn(f"ppf: {shown(output)} holds exactly this already: nothing was written", stacklevel=3)
+    return True
 
 
 def _summary(

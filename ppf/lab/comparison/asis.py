@@ -7,15 +7,18 @@ from dataclasses import replace
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...choose.budget import RatioBudget
 from ...families import KINDS, Family
-from ...fast.permute import permute_layer
+from ...fast.permute import identity, permute_layer
 from ...fitting.calibration import LayerStatistics
 from ...fitting.masked import masked_losses
+from ...fitting.materialize import materialize
 from ...fitting.ranking import rank_layer
 from ...fitting.session import Session
+from ...model.build import LAYERS
 from ...model.decoder import Decoder
 from ...model.grid import Grid
 from ...model.layer import Layer, LayerRanking, expand_units
@@ -44,15 +47,47 @@ def unsuited(name: str, family: Family) -> str | None:
 
 def measure_as_is(session: Session, name: str, statistics: PeerStatistics, ratio: float, sequences: Tensor) -> tuple:
     """Policy and log-perplexity on int64 ``sequences`` [N, T] of the masked model, nothing refitted."""
-    ranking_name, allocation, with_biases = AS_IS[name]
     grid = session.run.grid
-    policy = PEERS[allocation].allocate(session.run.structure, statistics, RatioBudget(grid, ratio))
-    decoder, moments = session.permuted, statistics.moments  # both in the run's order, to which the ranking refers
+    policy = PEERS[AS_IS[name][1]].allocate(session.run.structure, statistics, RatioBudget(grid, ratio))
+    decoder, biases = _as_is(session, name, statistics.moments, policy)
+    return policy, _log_perplexity(decoder, grid, policy, sequences, biases)
+
+
+def as_is_model(session: Session, name: str, moments: Sequence[LayerStatistics], policy: Policy) -> PreTrainedModel:
+    """A model that computes what :func:`measure_as_is` measures, in fp32 or the checkpoint's dtype: the dense one with
+    the removed units' columns at zero, since no result's class has biases where FLAP adds them. ``moments`` stand in
+    the run's ranking order."""
+    decoder, biases = _as_is(session, name, moments, policy)
+    model = materialize(decoder, identity(decoder), session.run.grid, session.run.grid.dense())
+    for index, kind in product(range(decoder.structure.layers), KINDS):
+        part = decoder.structure.of(kind)[index]
+        if part.units:
+            output = model.get_submodule(f"{LAYERS}{index}.{decoder.family.parts[kind].output_name}")
+            bias = biases.get(index + KINDS.index(kind) * decoder.structure.layers)
+            _cut(output, policy[kind][index] * part.columns, bias)
+    return model
+
+
+@torch.no_grad()
+def _cut(output: nn.Linear, kept: int, bias: Tensor | None) -> None:
+    """Leave the first ``kept`` columns of an output projection, and add ``bias``; of one without any column nothing
+    stays but that, in which its own bias is."""
+    output.weight[:, kept:] = 0
+    own = output.bias if kept else None
+    found = own if bias is None else bias if own is None else own + bias
+    output.bias = None if found is None else nn.Parameter(found.to(output.weight.dtype))
+
+
+def _as_is(
+    session: Session, name: str, moments: Sequence[LayerStatistics], policy: Policy
+) -> tuple[Decoder, dict[int, Tensor]]:
+    """The decoder in the method's own ranking, in the dtype that is computed in, and the biases it adds."""
+    ranking_name, _, with_biases = AS_IS[name]
+    decoder = session.permuted  # in the run's order like the moments: the ranking refers to it
     ranking = _ranking(decoder, ranking_name, moments)
     decoder = decoder.to(compute_dtype(decoder.dtype, decoder.device))
     decoder = replace(decoder, layers=_Reordered(decoder, ranking))
-    biases = _biases(decoder, ranking, moments, policy) if with_biases else {}
-    return policy, _log_perplexity(decoder, grid, policy, sequences, biases)
+    return decoder, _biases(decoder, ranking, moments, policy) if with_biases else {}
 
 
 class _Reordered(Sequence[Layer]):

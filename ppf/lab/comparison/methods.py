@@ -36,14 +36,14 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The name people read; with the evaluations where they make the method."""
+        """The name people read; with the evaluations where they make the method, or are not the usual ones."""
         shown = {"dynamic": "PPF dynamic", "static": "PPF static"}.get(self.name, self.name)
-        return f"{shown} {self.evaluations:,}" if self.name in _BY_BUDGET else shown
+        told = self.name in _BY_BUDGET or self.evaluations != _GIVEN[self.name]
+        return f"{shown} {self.evaluations:,}" if told else shown
 
-    @property
-    def key(self) -> str:
-        """The name of its files."""
-        return f"{self.name.replace(' ', '-')}-{self.evaluations}"
+    def key(self, ratio: float) -> str:
+        """The name of its files at one ratio, of which it has all digits: two that differ in the seventh are two."""
+        return f"{self.name.replace(' ', '-')}-{self.evaluations}-{float(ratio)!r}"
 
 
 def parse_methods(text: str) -> list[Method]:

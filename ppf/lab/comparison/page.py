@@ -12,6 +12,15 @@ _CAPTION = (
     "that the method spent at one ratio, the mean over the ratios (a part of the text counts its share); seconds: "
     "of the allocation with these evaluations, the mean over the ratios."
 )
+_TASKS = (
+    "What lm_eval says of the models, with one standard error; the items and what else a figure depends on stand in "
+    "comparison.json."
+)
+
+
+def percent(ratio: float) -> str:
+    """With as many digits as tell ratios apart."""
+    return f"{100 * ratio:.12g}%"
 
 
 def rows_by_method(data: dict[str, Any]) -> dict[str, dict[float, dict[str, Any]]]:
@@ -26,12 +35,27 @@ def table_of(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows: perplexity at every ratio, evaluations a ratio (mean), seconds a ratio (mean); methods that
     were left out come last."""
     ratios = data["ratios"]
-    headers = ["method", *(f"{ratio:.0%}" for ratio in ratios), "evaluations", "seconds"]
+    headers = ["method", *(percent(ratio) for ratio in ratios), "evaluations", "seconds"]
     rows = []
     for label, cells in rows_by_method(data).items():
         figures = [f"{cells[ratio]['perplexity']:.2f}" if ratio in cells else "–" for ratio in ratios]
         rows.append([label, *figures, f"{_mean(cells, 'evaluations'):,.0f}", f"{_mean(cells, 'seconds'):.2f}"])
     return headers, rows + [[f"{label} (left out)", *["–"] * (len(headers) - 1)] for label in data["left_out"]]
+
+
+def tasks_table_of(data: dict[str, Any], errors: bool = False) -> tuple[list[str], list[list[str]]] | None:
+    """Headers and rows: every figure of every task, of the dense model and of every cell, with one standard error if
+    ``errors``; None if no tasks were asked."""
+    if "dense_tasks" not in data:
+        return None
+    names = [(task, figure) for task, judged in data["dense_tasks"].items() for figure in judged["figures"]]
+    headers = ["method", "removed", *(f"{task} {figure}" for task, figure in names)]
+    models = [("dense", "0%", data["dense_tasks"])]
+    models += [(cell["label"], percent(cell["requested_ratio"]), cell["tasks"]) for cell in data["cells"]]
+    return headers, [
+        [label, ratio, *(_figure(tasks[task]["figures"][figure], errors) for task, figure in names)]
+        for label, ratio, tasks in models
+    ]
 
 
 def comparison_page(data: dict[str, Any]) -> Page:
@@ -46,6 +70,8 @@ def comparison_page(data: dict[str, Any]) -> Page:
     )
     headers, rows = table_of(data)
     page.table(headers, rows, caption=_CAPTION)
+    if (table := tasks_table_of(data, errors=True)) is not None:
+        page.table(*table, caption=_TASKS)
     _plots(page, data)
     page.facts(
         {
@@ -81,12 +107,20 @@ def _plots(page: Page, data: dict[str, Any]) -> None:
                     label, (spent, cells[hardest]["perplexity"]), fontsize=7, textcoords="offset points", xytext=(4, 3)
                 )
         axes.set(xscale="log", yscale="log", xlabel="1 + true evaluations at this ratio", ylabel="perplexity")
-        page.figure(fig, f"Perplexity at {hardest:.0%} against the evaluations spent there.")
+        page.figure(fig, f"Perplexity at {percent(hardest)} against the evaluations spent there.")
+
+
+def _figure(found: dict[str, Any], error: bool) -> str:
+    """With three digits of a share, and one of a perplexity, which may be thousands."""
+    value, stderr = found["value"], found["stderr"] if error else None
+    digits = 3 if abs(value) < 100 else 1
+    return f"{value:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:,.{digits}f}")
 
 
 def _reduction(found: dict[str, Any]) -> str:
     least, most = (
-        f"{entry['reduction']:.1%} ({entry['peer']}, {entry['ratio']:.0%})" for entry in (found["least"], found["most"])
+        f"{entry['reduction']:.1%} ({entry['peer']}, {percent(entry['ratio'])})"
+        for entry in (found["least"], found["most"])
     )
     return f"from {least} to {most}"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ...choose.budget import Budget
-from ...choose.candidates.sampling import mutate
+from ...choose.candidates.sampling import swapped
 from ...model.policy import Policy
 from ...model.structure import Structure
 from .statistics import PeerStatistics
@@ -88,7 +88,7 @@ def _offspring(
     levels, young = budget.grid.encode(parents), {}
     for _ in range(_PATIENCE):
         chosen: Tensor = torch.randint(len(levels), (count,), generator=generator)
-        mutants = mutate(levels[chosen], budget.grid, generator, ratio=1 - budget.kept)
+        mutants = budget.moved(*swapped(levels[chosen], budget.grid, generator))
         young |= dict.fromkeys(policy for policy in budget.grid.decode(mutants) if policy not in known)
         if len(young) >= count:
             break

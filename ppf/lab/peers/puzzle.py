@@ -62,29 +62,35 @@ def _interpolated(
 
 
 def solve(damage: list[Tensor], budget: Budget) -> Policy:
-    """The policy of the least total damage whose cost is within half a step of the budget (HiGHS)."""
-    grid = budget.grid
+    """The policy of the least total damage whose cost meets the budget as nearly as other methods' (HiGHS)."""
+    grid, unit = budget.grid, budget.projector.cheapest
     score = np.concatenate([d.numpy() for d in damage])
-    cost = np.concatenate(
-        [
-            step * np.arange(low, high + 1)
-            for step, low, high in zip(grid.step_cost, grid.minimum, grid.maximum, strict=True)
-        ]
-    ).astype(float)
-    total = sum(high * step for high, step in zip(grid.maximum, grid.step_cost, strict=True))
-    one_each = block_diag([np.ones((1, len(d))) for d in damage], format="csr")
-    steps = [step for step in grid.step_cost if step]  # absent sub-layers have none
-    for slack in (min(steps) / 2, max(steps) / 2):
-        low, high = (budget.kept + sign * slack / total for sign in (-1, 1))
-        rows = vstack((one_each, csr_array(cost[None] / total)))
+    levels = zip(budget.costs.table.numpy(), grid.minimum, grid.maximum, strict=True)
+    cost = np.concatenate([row[low : high + 1] for row, low, high in levels]) / unit
+    rows = vstack((block_diag([np.ones((1, len(d))) for d in damage], format="csr"), csr_array(cost[None])))
+    low, high = (bound / unit for bound in _bounds(budget))
+    while True:
         bounds = np.append(np.ones(len(damage)), low), np.append(np.ones(len(damage)), high)
         answer = milp(
             score, integrality=np.ones_like(score), bounds=Bounds(0, 1), constraints=LinearConstraint(rows, *bounds),
             options={"time_limit": 60.0, "mip_rel_gap": 1e-4},
         )  # fmt: skip
-        if answer.x is not None:
-            return grid.decode(torch.tensor([_chosen(answer.x, damage, grid.minimum)]))[0]
-    raise PPFError(f"no policy meets the budget: {answer.message}")
+        if answer.x is None:
+            raise PPFError(f"no policy meets the budget: {answer.message}")
+        policy = grid.decode(torch.tensor([_chosen(answer.x, damage, grid.minimum)]))[0]
+        if not budget.is_limit or budget.cost(policy) <= budget.target:
+            return policy
+        high -= 1e-6  # what HiGHS lets a constraint be off by
+
+
+def _bounds(budget: Budget) -> tuple[float, float]:
+    """The least and the most that a policy may cost, the constant left out: within half a step, or less than one step
+    below a limit; where the grid does not give that, as near as the projection comes."""
+    step, target = budget.projector.cheapest, budget.target
+    off = abs(budget.cost(budget.policy(torch.full((budget.grid.structure.layers,), budget.kept))) - target)
+    room = max(off, step if budget.is_limit else step / 2) * (1 + 1e-9)
+    low, high = target - room, target if budget.is_limit else target + room
+    return low - budget.costs.constant, high - budget.costs.constant
 
 
 def _chosen(x: np.ndarray, damage: list[Tensor], minimum: tuple[int, ...]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...choose.budget import Budget
-from ...choose.candidates.sampling import random_levels
+from ...choose.candidates.sampling import random_fractions
 from ...model.policy import Policy
 from ...model.structure import Structure
 from .statistics import PeerStatistics
@@ -15,8 +15,8 @@ def allocate(structure: Structure, statistics: PeerStatistics, budget: Budget) -
     """The best of random policies from near uniform to very uneven; without evaluations, the first drawn."""
     generator = torch.Generator().manual_seed(statistics.seed)
     count = int(statistics.meter.remaining)
-    levels = random_levels(budget.grid, torch.full((max(1, count),), 1 - budget.kept), generator)
-    policies = list(dict.fromkeys(budget.grid.decode(levels)))
+    fractions = random_fractions(budget.grid, torch.full((max(1, count),), 1 - budget.kept), generator)
+    policies = list(dict.fromkeys(budget.grid.decode(budget.moved(fractions))))
     if count < 1:
         return policies[0]
     values = statistics.meter.measure(policies)

@@ -17,7 +17,7 @@ from ...model.decoder import Decoder
 from ...model.grid import Grid
 from ...model.layer import expand_units
 from ...model.policy import Policy
-from ...text import take_tokens
+from ...text import take_tokens, unpadded
 from .activations import LayerActivations, observe
 
 # Cosines and norms are means over tokens: this many give them to three digits.
@@ -73,7 +73,9 @@ class PeerStatistics:
     def of_run(cls, run: Run, evaluator: Evaluator, evaluations: int, seed: int = 0) -> PeerStatistics:
         """The statistics of a run; ``evaluator`` is of the run's own session, whose weights are shared."""
         moments = [_ranked(run, index) for index in range(run.structure.layers)]
-        sequences = run.sequences("calibration")
+        sequences, scored = run.sequences("calibration"), run.scored("calibration")
+        if scored is not None:  # peers look at whole texts
+            sequences = unpadded(sequences, scored)
         return cls(run.grid, evaluator.decoder, moments, sequences, Meter(evaluator, evaluations), seed)
 
     def with_budget(self, evaluations: int, seed: int) -> PeerStatistics:

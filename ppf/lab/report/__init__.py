@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from ..._version import versions
 from ...choose.predictor import Predictor, predictor_named
 from ...errors import InputError
 from ...files import write_json
+from ...fitting.alone import may_write
 from ...fitting.experience import Experience
 from ...fitting.run import Protocol, Run
 from ...fitting.session import Session
+from ...locks import locked_folder, sweep
 from ...progress import Progress, silent
 from . import baselines
-from .heldout import STORE, HeldOut, held_out_policies, measure_all, training_rows
+from .heldout import STORE, HeldOut, held_out_policies, held_out_store, measure_all, training_rows
 from .latency import latency
 from .learning import Study, learning_curve, rivals
 
 RATIOS = (0.2, 0.3, 0.4, 0.5)
 # Rank correlations of fewer policies say little, and the ten best of them less.
 SMALLEST = 20
+_FILES = "report.json", "report.html"
 
 
 def report(
@@ -40,8 +44,9 @@ def report(
 
     Other ``kinds`` of predictor are trained for comparison, beside the baselines. Writes ``report.json`` and
     ``report.html`` into ``output`` (default: the run's folder) and returns what the first holds. Measurements are kept
-    in the run: a killed report resumes, a second one measures nothing. Raises ``InputError`` for an unfinished run,
-    fewer than 20 policies, more than the model has, and unknown kinds.
+    in the run, or in ``output`` if nothing may be written into the run: a killed report resumes, a second one measures
+    nothing. Raises ``InputError`` for an unfinished run, fewer than 20 policies, more than the model has, and unknown
+    kinds.
     """
     run = session.run
     run.require_complete()
@@ -50,22 +55,26 @@ def report(
     for kind in kinds:
         predictor_named(kind)
     ratios = [ratio for ratio in RATIOS if ratio <= run.grid.maximum_ratio]
-    data = _measure_and_score(session, ratios, held_out, kinds, progress)
     folder = Path(output) if output is not None else run.path
-    folder.mkdir(parents=True, exist_ok=True)
-    from .page import report_page  # matplotlib takes a second to import
+    kept = run.path if may_write(run.path) else folder
+    with locked_folder(kept, "run" if kept == run.path else "output"), locked_folder(folder):
+        for place in (kept, folder):
+            sweep(place, STORE, *_FILES)
+        with closing(held_out_store(run, kept)) as store:
+            data = _measure_and_score(session, store, ratios, held_out, kinds, progress)
+        from .page import report_page  # matplotlib takes a second to import
 
-    write_json(folder / "report.json", data)
-    report_page(data).write(folder / "report.html")
+        write_json(folder / _FILES[0], data)
+        report_page(data).write(folder / _FILES[1])
     return data
 
 
 def _measure_and_score(
-    session: Session, ratios: list[float], count: int, kinds: tuple[str, ...], progress: Progress
+    session: Session, store: Experience, ratios: list[float], count: int, kinds: tuple[str, ...], progress: Progress
 ) -> dict[str, Any]:
     run, device = session.run, session.device
     policies = held_out_policies(run, ratios, count)
-    evaluator, store = session.evaluator(), Experience(run.path / STORE)
+    evaluator = session.evaluator()
     held = {group: measure_all(evaluator, store, parts, group, progress) for group, parts in policies.items()}
     alone = measure_all(evaluator, store, [baselines.single_policies(run.grid)], "single", progress).truth.tolist()
     # The store remembers what the first measurement took; reading it again must not count as an evaluation's time.

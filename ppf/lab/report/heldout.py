@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
@@ -57,6 +58,16 @@ def held_out_policies(run: Run, ratios: Sequence[float], count: int) -> dict[str
         "random": [_distinct(run, "random", ratio, rows, count) for ratio in ratios],
         "visited": [_distinct(run, "visited", ratio, rows, max(1, count // 2)) for ratio in ratios],
     }
+
+
+def held_out_store(run: Run, folder: Path) -> Experience:
+    """The store of what is measured, in ``folder``: the run's own, or another that begins with what the run's has."""
+    store, own = run.store(folder / STORE), run.path / STORE
+    if folder != run.path and own.exists():
+        for row in run.store(own, new=False).rows():
+            if store.lookup(row.policy) is None:
+                store.append(row)
+    return store
 
 
 def measure_all(
