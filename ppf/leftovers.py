@@ -55,7 +55,15 @@ def is_temporary_of(file: str, *names: str) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as that is allowed; never what a link leads to."""
+    """Remove a file or a folder, as far as is allowed; never what a link leads to. A signal in the middle waits."""
+    try:
+        _remove(path)
+    except KeyboardInterrupt:
+        _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -43,6 +44,19 @@ def read_as(schema: type[_Schema] | Any, field: str, path: str | Path, remedy: s
     except UnicodeDecodeError as error:
         raise InputError(field, path, f"is not JSON ({error})", remedy) from None
     return parse_as(schema, field, path, text, remedy)
+
+
+def require_file(field: str, path: str | Path, remedy: str) -> None:
+    """Raise ``InputError`` about ``field`` for a pipe or a device at ``path``: who opens one waits for its other end.
+
+    For files in folders that may be strangers'; one that the user names may well be a pipe.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # opening it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(field, path, "is a pipe or a device, not a file", remedy)
 
 
 def parse_as(schema: type[_Schema] | Any, field: str, value: object, text: str, remedy: str) -> _Schema:

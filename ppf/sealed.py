@@ -24,7 +24,7 @@ import xxhash
 from .checksums import checksum
 from .errors import InputError
 from .files import write_atomically
-from .schemas import convert_to, parse_as
+from .schemas import convert_to, parse_as, require_file
 from .timings import timed
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class Sealed:
     def read_json(self, name: str, schema: type[T] | Any) -> T:
         """What a file holds, as ``schema``. Raises ``InputError`` as :meth:`require` does, and for what does not fit
         the schema."""
-        data = self._opened(name, lambda stream: stream.read(_LARGEST_JSON + 1))
-        if len(data) > _LARGEST_JSON:
-            raise self.damaged(name, f"has more than {_LARGEST_JSON:,} bytes")
+        data = self._opened(name, lambda stream: self._settings(name, stream))
         self._verify(name, io.BytesIO(data))  # what was checked is what is parsed
         said, text = (self._field, self.folder / name), data.decode("utf-8", "replace")
         found = parse_as(dict[str, Any], *said, text, self._remedy)
@@ -139,6 +137,7 @@ class Sealed:
 
     def _opened(self, name: str, read: Callable[[IO[bytes]], T]) -> T:
         """What ``read`` makes of the file; what the system refuses, as one line."""
+        require_file(self._field, self.folder / name, self._remedy)
         try:
             with (self.folder / name).open("rb") as stream:
                 return read(stream)
@@ -149,6 +148,12 @@ class Sealed:
             raise InputError(self._field, self.folder / name, "may not be read (permission denied)", remedy) from None
         except OSError as error:
             raise self.damaged(name, f"cannot be read ({error.strerror or error})") from None
+
+    def _settings(self, name: str, stream: IO[bytes]) -> bytes:
+        """All of a file that is not too large."""
+        if os.fstat(stream.fileno()).st_size > _LARGEST_JSON:
+            raise self.damaged(name, f"has more than {_LARGEST_JSON:,} bytes")
+        return stream.read()
 
     def _known_or_verified(self, name: str, stream: IO[bytes]) -> str:
         state = os.fstat(stream.fileno())

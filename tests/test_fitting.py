@@ -166,7 +166,7 @@ def test_folders_that_are_no_run_are_refused_and_left(tiny_run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not a run"):
         fit(tiny_run, tmp_path)
-    with pytest.raises(InputError, match="is not a run"):
+    with pytest.raises(InputError, match="is not a folder"):
         fit(tiny_run, tmp_path / "notes.txt")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

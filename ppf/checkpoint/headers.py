@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
-from ..schemas import read_as
+from ..schemas import read_as, require_file
 
 REPORT = "ppf.json"
 """The report beside the weights of everything PPF writes."""
@@ -124,6 +124,7 @@ def read_json(file: Path, largest: int = 16 << 20) -> dict[str, Any]:
         raise _unreadable("file", file, error) from None
     if size > largest:
         raise InputError("file", file, f"is larger than {largest >> 20} MiB", "Name a Hugging Face folder")
+    require_file("file", file, _REMEDY)
     return read_as(dict[str, Any], "file", file, _REMEDY)
 
 

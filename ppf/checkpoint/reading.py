@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..model.build import build
 from ..model.decoder import Decoder
 from ..model.stream import Placement
-from ..schemas import read_as
+from ..schemas import read_as, require_file
 from .blame import attempt
 from .bounds import require_plain
 from .checks import read_config
@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     config = read_config(folder)
     try:
         made = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
-        made("a")  # settings of a wrong kind show when it works
+        made("a\U0010fffe")  # settings of a wrong kind show when it works, with letters that it does not know too
         return made
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         _require_json(folder)
@@ -104,6 +104,7 @@ def _require_json(folder: Path) -> None:
     """Raise ``InputError`` about the first file of a tokenizer that is no JSON object; the libraries name none."""
     for file in (folder / name for name in _TOKENIZER_JSON):
         if file.exists():
+            require_file("tokenizer", file, _TOKENIZER_AGAIN)
             read_as(dict[str, Any], "tokenizer", file, _TOKENIZER_AGAIN)
 
 

@@ -68,6 +68,9 @@ class Commands(TyperGroup):
             _fail(as_json, 1, {"problem": problem}, f"Error: {problem}")
         except (MemoryError, RuntimeError) as error:
             whose = _exhausted(error)
+            if whose is None and "Symlink loop" in str(error):  # pathlib's, until Python 3.13
+                problem, remedy = shown(error), "Name another folder"
+                _fail(as_json, 1, {"problem": problem, "remedy": remedy}, f"Error: {problem}. {remedy}")
             if whose is None:
                 raise
             problem = f"{whose} does not hold what this needs, and nothing smaller is left to try"
@@ -85,7 +88,8 @@ class Commands(TyperGroup):
 
 def _exhausted(error: MemoryError | RuntimeError) -> str | None:
     """Whose memory it is that an error says to be full, None if it says something else."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    said = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in said or "can't start new thread" in said:
         return "this machine's memory"
     # torch's, which need not be loaded here
     return "the GPU's memory" if type(error).__name__ == "OutOfMemoryError" else None

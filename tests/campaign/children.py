@@ -29,6 +29,8 @@ _TOLD = "PPF_CAMPAIGN_SHIM"
 _LONGEST = 90.0
 # Every so many seconds it is looked whether a child still computes; so many times in vain, and it never will.
 _LOOK, _STILL = 4.0, 5
+# Of the time: what a progress bar takes that waits for others.
+_IDLE = 0.02
 # One thread each: forks inherit none, and tiny models are slower with two.
 _ALONE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _ENVIRONMENT = _ALONE | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -105,7 +107,7 @@ class Child:
         stopped, hung, still, computed = False, False, 0, 0.0
         while not hung and not self._ends(_LOOK):
             spent = self._spent()
-            still, computed = 0 if spent > computed else still + 1, spent
+            still, computed = 0 if spent > computed + _LOOK * _IDLE else still + 1, spent
             hung = computed > _LONGEST or still >= _STILL
             if stop_after is not None and computed > stop_after and not stopped:
                 self.send(signal.SIGTERM)

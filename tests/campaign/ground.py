@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from . import children
@@ -55,10 +59,9 @@ def made() -> Iterator[Ground]:
     ground.folder.mkdir()
     (place / "home").mkdir()
     try:
-        _require(children.run(lambda: _write_models(ground), ground.folder))
-        for words in _commands():
-            _require(children.run(children.command(*words), ground.folder))
-        _require(children.run(lambda: _begin_a_fit(ground), ground.folder))
+        for work in (lambda: _write_models(ground), *map(_command, _commands()), lambda: _begin_a_fit(ground)):
+            _require(children.run(lambda work=work: _noting(work, place / "modules"), ground.folder))
+        _import_all(place / "modules")
         yield ground
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -66,9 +69,6 @@ def made() -> Iterator[Ground]:
 
 def prepare() -> None:
     """Import what children need, and let what they learn be quick. Call it once, before the first child."""
-    import atexit
-    import gc
-
     import pytest
     import torch
     from factories import quick_learning
@@ -86,7 +86,6 @@ def prepare() -> None:
     quick_learning(pytest.MonkeyPatch())
     ppf.lab.report.RATIOS = (0.3,)
     atexit._clear()  # others' farewells take longer than a try
-    gc.freeze()
 
 
 def _write_models(ground: Ground) -> None:
@@ -121,6 +120,36 @@ def _commands() -> Iterator[tuple[object, ...]]:
     yield "prune", "run", "--policy", "policy.json", "--output", "pruned", "--device", "cpu"
     yield "prune", "run", "--policy", "even.json", "--output", "even", "--device", "cpu"
     yield "prune", "other", "--policy", "policy.json", "--output", "changeling", "--device", "cpu"
+    # What follows leaves nothing: it is done for what it imports.
+    yield "info", "pruned", "--json"
+    yield "policy", "run", "--ratio", 0.3
+    yield "eval", "pruned", "--text", "test.txt", "--sequence-length", 32, "--tokens", 64, "--device", "cpu"
+    yield "generate", "gemma3_text", "--prompt", "the", "--max-new-tokens", 1, "--device", "cpu"
+    yield "generate", "phi3", "--prompt", "the", "--max-new-tokens", 1, "--device", "cpu"
+    yield "generate", "qwen2", "--prompt", "the", "--max-new-tokens", 1, "--device", "cpu"
+
+
+def _command(words: tuple[object, ...]) -> Callable[[], None]:
+    return children.command(*words)
+
+
+def _noting(work: Callable[[], None], file: Path) -> None:
+    """Do ``work`` and note which modules that has loaded."""
+    try:
+        work()
+    finally:
+        with file.open("a") as notes:
+            print(*sys.modules, sep="\n", file=notes)
+
+
+def _import_all(file: Path) -> None:
+    """Import what every child would have to: most of a try would be that."""
+    for name in dict.fromkeys(file.read_text().splitlines()):
+        if name not in sys.modules:
+            with suppress(Exception):  # of the kind that only its owner can import
+                import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _begin_a_fit(ground: Ground) -> None:

@@ -71,8 +71,9 @@ def asked(ground: Ground, words: tuple[object, ...], here: Path, what: str) -> V
     if verdict.outcome != SUCCESS:
         return verdict
     usual, found = _usual(ground, words), _figures(ended.out, here)
-    # What has a note was not silent.
-    if found != usual and "Note: " not in ended.err:
+    # What has a note, or says that other software saved the weights, was not silent.
+    told = "Note: " in ended.err or (isinstance(found, dict) and found.get("saved_again") is True)
+    if found != usual and not told:
         return Verdict(SILENT, what, f"{_first_difference(usual, found)}")
     return verdict
 

@@ -50,11 +50,13 @@ class RatioBudget(Budget):
         return self.requested
 
     def moved(self, fractions: Tensor, weight: Tensor | None = None) -> Tensor:
-        return self.projector.nearest(fractions, torch.full((len(fractions),), self.requested), weight)
+        return self.projector.nearest(
+            fractions, torch.full((len(fractions),), self.requested, dtype=torch.float64), weight
+        )
 
     def candidates(self, agent: Any) -> Tensor:
         """The one policy that the agent gives: a ratio is its own input."""
-        return agent(torch.tensor([float(self.requested)]))
+        return agent(torch.tensor([float(self.requested)], dtype=torch.float64))
 
     def in_unit(self, cost: float) -> float:
         return 1 - cost / self.grid.structure.decoder_parameters

@@ -82,8 +82,10 @@ class Unfinished:
     def remove(self) -> None:
         """Remove the folder, at once: nothing is left of it that looks like half a state."""
         gone = temporary_sibling(self.path)
-        os.rename(self.path, gone)
-        remove(gone)
+        try:
+            os.rename(self.path, gone)
+        finally:  # a signal may come between
+            remove(gone)
 
     def _require_same(self) -> None:
         if self.path.is_dir() and not any(entry.name in (_QUESTION, _STATE) for entry in self.path.iterdir()):

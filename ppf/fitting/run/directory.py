@@ -120,7 +120,7 @@ class Run:
         self.require_complete()
         agent, predictor = self.agent, self.predictor  # loading is not the agent's time
         start = time.perf_counter()
-        levels = agent(torch.tensor([float(ratio)]))
+        levels = agent(torch.tensor([float(ratio)], dtype=torch.float64))
         milliseconds = 1000 * (time.perf_counter() - start)
         prediction = self._sound(predictor(levels))
         policy = self.grid.decode(levels)[0]

@@ -21,6 +21,7 @@ from ...fitting.experience import Experience
 from ...fitting.run import Protocol, Run
 from ...fitting.session import Session
 from ...locks import locked_folder, sweep
+from ...model.policy import Policy
 from ...progress import Progress, silent
 from . import baselines
 from .heldout import STORE, HeldOut, held_out_policies, held_out_store, measure_all, training_rows
@@ -60,8 +61,9 @@ def report(
     with locked_folder(kept, "run" if kept == run.path else "output"), locked_folder(folder):
         for place in (kept, folder):
             sweep(place, STORE, *_FILES)
+        policies = held_out_policies(run, ratios, held_out)
         with closing(held_out_store(run, kept)) as store:
-            data = _measure_and_score(session, store, ratios, held_out, kinds, progress)
+            data = _measure_and_score(session, store, policies, ratios, kinds, progress)
         from .page import report_page  # matplotlib takes a second to import
 
         write_json(folder / _FILES[0], data)
@@ -70,10 +72,14 @@ def report(
 
 
 def _measure_and_score(
-    session: Session, store: Experience, ratios: list[float], count: int, kinds: tuple[str, ...], progress: Progress
+    session: Session,
+    store: Experience,
+    policies: dict[str, list[list[Policy]]],
+    ratios: list[float],
+    kinds: tuple[str, ...],
+    progress: Progress,
 ) -> dict[str, Any]:
     run, device = session.run, session.device
-    policies = held_out_policies(run, ratios, count)
     evaluator = session.evaluator()
     held = {group: measure_all(evaluator, store, parts, group, progress) for group, parts in policies.items()}
     alone = measure_all(evaluator, store, [baselines.single_policies(run.grid)], "single", progress).truth.tolist()
