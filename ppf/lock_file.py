@@ -134,8 +134,8 @@ def named(field: str, path: Path) -> Iterator[None]:
     """One line for a folder that cannot be made or written."""
     try:
         yield
-    except FileExistsError:
-        raise InputError(field, path, "is not a folder", "Name a new folder") from None
+    except FileExistsError as error:
+        raise InputError(field, path, f"{error.filename} is not a folder", "Name a new folder") from None
     except OSError as error:
         problem = f"cannot be written: {error.strerror or error} ({error.filename})"
         remedy = "Use a folder, or a copy of this one, that you may write"

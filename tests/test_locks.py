@@ -182,4 +182,4 @@ def test_an_output_with_a_dead_lock_in_it_is_empty(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     for lock, path in ((locked_folder, tmp_path / "file"), (locked_result, tmp_path / "file" / "out")):
-        assert "cannot be written" in refused(lock, path)
+        assert f"{tmp_path / 'file'} is not a folder" in refused(lock, path)
