@@ -34,14 +34,16 @@ def model_log_perplexity(
     scale, cap = logit_scale(model.config), logit_cap(model.config)
     _require_plain_head(model, head, scale, cap, sequences[:1, :_PROBE_TOKENS])
     total, scored = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    counted = torch.ones_like(sequences, dtype=torch.bool) if counted is None else counted
-    for batch, counts in zip(batches(sequences, model.device), batches(counted, model.device), strict=True):
+    parts = batches(sequences, model.device)
+    masks = [None] * len(parts) if counted is None else batches(counted, model.device)
+    for batch, counts in zip(parts, masks, strict=True):
         tokens = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-        total += head_losses(hidden, head, tokens, scale, cap)[counts[:, 1:].to(model.device)].double().sum()
+        losses = head_losses(hidden, head, tokens, scale, cap)
+        total += (losses if counts is None else losses[counts[:, 1:].to(model.device)]).double().sum()
         scored += tokens.numel()
         progress("score", scored, sequences.numel())
-    value = float(total) / int(counted[:, 1:].sum())
+    value = float(total) / (sequences[:, 1:].numel() if counted is None else int(counted[:, 1:].sum()))
     require_finite(value, model.dtype)
     return value
 
