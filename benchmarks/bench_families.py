@@ -30,7 +30,6 @@ from ppf.checkpoint import load_tokenizer
 from ppf.choose.budget import RatioBudget
 from ppf.deliver.results import choose, deliver
 from ppf.fast.runtime.generation import generate
-from ppf.files import write_json
 from ppf.fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ppf.fitting.perplexity import load_for_computing
 from ppf.fitting.reader import Reader
@@ -39,6 +38,7 @@ from ppf.fitting.session import Session
 from ppf.lab.peers import puzzle, uniform
 from ppf.lab.peers.statistics import PeerStatistics
 from ppf.model.policy import Policy
+from ppf.storage.files import write_json
 from ppf.text import take_tokens
 
 RATIOS = 0.1, 0.2, 0.3

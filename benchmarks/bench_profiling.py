@@ -23,11 +23,11 @@ from ppf.choose.candidates.sampling import random_levels, uniform_policy
 from ppf.deliver.profiling import measure_profile, profile_facts
 from ppf.fast.permute import identity
 from ppf.fast.timing import Workload, milliseconds
-from ppf.files import write_json
 from ppf.fitting.materialize import materialize
 from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid
 from ppf.model.policy import Policy
+from ppf.storage.files import write_json
 
 # FFN multiple, tokens.
 MEASURED = {"ref-14m": (64, 512), "1b": (256, 2048)}

@@ -23,8 +23,8 @@ from shapes import structure
 
 from ppf._version import versions
 from ppf.choose.budget.projection import Projector
-from ppf.files import write_json
 from ppf.model.grid import Grid
+from ppf.storage.files import write_json
 
 SHAPES = {
     "ref-14m": structure("ref-14m"),

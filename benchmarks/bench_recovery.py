@@ -24,11 +24,11 @@ import torch
 import ppf
 from ppf._version import versions
 from ppf.deliver.results import choose, deliver
-from ppf.files import write_json
 from ppf.fitting.evaluation.scoring import model_log_perplexity
 from ppf.fitting.perplexity import load_for_computing
 from ppf.fitting.reader import Reader
 from ppf.fitting.run import Protocol
+from ppf.storage.files import write_json
 
 RATIO, EVALUATIONS, LENGTH = 0.5, 200, 512
 # Name → settings that are not the default's.

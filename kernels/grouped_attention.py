@@ -27,11 +27,13 @@ def _attend(q, kv_tiles, row, column, m, start, length, best, total, acc, scale,
             # What follows a sequence may be anything, and zero times that need not be zero.
             v = tl.where((n < length)[:, None], v, 0.0).to(q.dtype)
     if WINDOW:
-        # Finite: a query may see no key of this step, and what it sums up here vanishes when it sees its own.
-        scores = tl.where(m[:, None] - n[None, :] < WINDOW, scores, -1e30)
+        scores = tl.where(m[:, None] - n[None, :] < WINDOW, scores, float("-inf"))
     new = tl.maximum(best, tl.max(scores, 1))
-    p = tl.exp2(scores * scale - (new * scale)[:, None])
-    shrink = tl.exp2((best - new) * scale)
+    # With a window a query may have seen no key yet, and infinity less infinity is no number. A large finite score in
+    # its place would not do either: a fused multiply and add leaves the rounding of its product, which is large too.
+    base = tl.where(new == float("-inf"), 0.0, new) if WINDOW else new
+    p = tl.exp2(scores * scale - (base * scale)[:, None])
+    shrink = tl.exp2((best - base) * scale)
     acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return new, total * shrink + tl.sum(p, 1), acc
 

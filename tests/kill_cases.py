@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ppf import files
+from ppf.storage import files
 
 _CALLS = "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"
 

@@ -15,12 +15,13 @@ from cli_cases import answer, interrupted, ppf, refusal
 from factories import quick_learning, rewrite_manifest, write_checkpoint, write_text
 from safetensors.torch import load_file, save_file
 
-from ppf import checkpoint, files
+from ppf import checkpoint
 from ppf.checkpoint import hashes, writing
 from ppf.errors import printable
 from ppf.fitting.run import Run
 from ppf.fitting.session import Session
 from ppf.model.policy import Policy
+from ppf.storage import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ("--sequence-length", 32)

@@ -23,7 +23,6 @@ from export_cases import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ppf import files
 from ppf.checkpoint import load, verify
 from ppf.deliver.export import open_source, to_deci, to_gguf, to_hf, to_vllm
 from ppf.deliver.export.configuration_decilm import DeciLMConfig
@@ -31,6 +30,7 @@ from ppf.deliver.export.routes import routes
 from ppf.errors import InputError
 from ppf.families import family_of
 from ppf.model.policy import Policy
+from ppf.storage import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of the portable kind: attention whole or absent, FFN widths multiples of 256.

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from ppf import files
 from ppf.errors import InputError
+from ppf.storage import files
 
 
 def refusal(call, *arguments, **options) -> str:

@@ -21,7 +21,7 @@ from ppf.fitting.run.manifest import MANIFEST
 from ppf.fitting.session import Session
 from ppf.model.build import policy_of, pruned_config
 from ppf.model.policy import Policy
-from ppf.sealed import Sealed
+from ppf.storage.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(evaluations=40, ffn_multiple=8, sequence_length=32, calibration_tokens=2048)  # as tiny_run

@@ -21,7 +21,7 @@ from ppf.lab.comparison.judging import Judge
 from ppf.lab.comparison.page import tasks_table_of
 from ppf.lab.peers import PeerStatistics
 from ppf.progress import silent
-from ppf.sealed import Sealed
+from ppf.storage.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

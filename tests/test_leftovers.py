@@ -9,12 +9,12 @@ import threading
 import pytest
 from kill_cases import content, every_kill
 
-from ppf import files
 from ppf.deliver.recovery.state import Unfinished
 from ppf.errors import InputError
 from ppf.fitting.experience import Experience
 from ppf.lab import comparison
-from ppf.locks import locked_folder, locked_result, sweep
+from ppf.storage import files
+from ppf.storage.locks import locked_folder, locked_result, sweep
 
 OLD, NEW = {"old": "old", "old2": "old"}, {"new": "new", "sub": None, "sub/new2": "new"}
 

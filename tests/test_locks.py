@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from ppf import files, lock_file
 from ppf.errors import InputError
-from ppf.locks import INSIDE, for_all, locked_folder, locked_result, sweep, waiting
+from ppf.storage import files, lock_file
+from ppf.storage.locks import INSIDE, for_all, locked_folder, locked_result, sweep, waiting
 
 
 @contextmanager

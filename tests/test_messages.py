@@ -21,7 +21,7 @@ from ppf import cli
 from ppf.cli import unforeseen
 from ppf.cli.options import COUNT
 from ppf.errors import InputError, printable, shown
-from ppf.files import write_errors_named, write_text
+from ppf.storage.files import write_errors_named, write_text
 
 # Their values are looked at where it is known what they are for; the tests of budgets and of `generate` do that.
 _CHECKED_ELSEWHERE = {"ratio", "memory_gb", "flops", "latency_ms", "tokens_per_second", "temperature"}

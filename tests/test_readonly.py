@@ -18,13 +18,13 @@ import torch
 from cli_cases import answer, ppf, refusal
 from safetensors.torch import save_file
 
-from ppf import files
 from ppf.checkpoint import gguf
 from ppf.errors import InputError
 from ppf.fitting.experience import Experience
 from ppf.fitting.run import Run
-from ppf.locks import locked_result
 from ppf.model.policy import Policy
+from ppf.storage import files
+from ppf.storage.locks import locked_result
 
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
 

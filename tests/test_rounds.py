@@ -13,7 +13,7 @@ from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
 from ppf.fitting.rounds import Journal, Round
 from ppf.model.grid import Grid
-from ppf.sealed import Sealed
+from ppf.storage.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from ppf.fitting.run import Run
 from ppf.fitting.run.manifest import MANIFEST, read_manifest, write_manifest
 from ppf.fitting.session import Session
 from ppf.model.policy import Policy
-from ppf.sealed import Sealed
+from ppf.storage.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

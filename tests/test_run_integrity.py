@@ -25,7 +25,7 @@ from ppf.fitting.experience import Experience
 from ppf.fitting.rounds import Journal
 from ppf.fitting.run import Run
 from ppf.fitting.session import Session
-from ppf.sealed import Sealed
+from ppf.storage.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,7 +217,7 @@ def test_a_file_is_read_whole_once_a_process(whole, copied, monkeypatch):
     read = []
     digest = Sealed._digest
     monkeypatch.setattr(Sealed, "_digest", lambda self, name, *rest: (read.append(name), digest(self, name, *rest))[1])
-    monkeypatch.setattr("ppf.sealed._SETTLED", 0)
+    monkeypatch.setattr("ppf.storage.sealed._SETTLED", 0)
     figures(copied)
     figures(copied)
     tensors = [name for name in read if name.endswith(".safetensors")]

@@ -15,11 +15,12 @@ from checkpoint_cases import POLICY, cut, edit_json, flip_bit, refusal, tokens
 from factories import TINY
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ppf import checkpoint, files
+from ppf import checkpoint
 from ppf.checkpoint import check_checkpoint, load, load_decoder, load_tokenizer, save, verify
 from ppf.errors import InputError
 from ppf.model.build import policy_of
 from ppf.model.policy import Policy
+from ppf.storage import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

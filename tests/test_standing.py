@@ -9,8 +9,8 @@ import pytest
 from cli_cases import ppf, refusal
 from factories import quick_learning
 
-from ppf import locks
 from ppf.deliver.recovery.state import Unfinished
+from ppf.storage import locks
 
 
 def again(*command: object) -> None:

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from ..errors import InputError
 from ..families import family_of
-from ..files import write_json
-from ..locks import locked_result, waiting
 from ..model.build import LAYERS, expected_tensors
+from ..storage.files import write_json
+from ..storage.locks import locked_result, waiting
 from ..timings import timed
 from .checks import check_checkpoint
 from .gguf_bounds import DAMAGED, Outline, outline

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
-from ..schemas import read_as, require_file
+from ..storage.schemas import read_as, require_file
 
 REPORT = "ppf.json"
 """The report beside the weights of everything PPF writes."""

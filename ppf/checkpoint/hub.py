@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import InputError
-from ..files import write_errors_named
+from ..storage.files import write_errors_named
 from ..timings import timed
 
 # Weights and what describes them and the tokenizer. Never code, and no other formats of the same weights.

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..model.build import build
 from ..model.decoder import Decoder
 from ..model.stream import Placement
-from ..schemas import read_as, require_file
+from ..storage.schemas import read_as, require_file
 from .blame import attempt
 from .bounds import require_plain
 from .checks import read_config

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from ..errors import InputError
-from ..schemas import convert_to
+from ..storage.schemas import convert_to
 from .headers import REPORT, is_marked, read_json
 
 CHANGED = "changed since PPF wrote it"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import PPFError
-from ..files import write_json
+from ..storage.files import write_json
 from .headers import INDEX, MARKED, WEIGHTS
 
 # Where a file's metadata stand: behind the header's length and its first field's name.

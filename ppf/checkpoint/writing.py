@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import new_directory, require_space, write_json
 from ..model.build import LAYERS, expected_tensors, skeleton
 from ..model.tower import PREFIX, wrapper_classes, wrapper_model
+from ..storage.files import new_directory, require_space, write_json
 from .hashes import records
 from .headers import PLAIN, REPORT
 from .reading import GENERATION

@@ -174,7 +174,7 @@ def _draw(rows: list[Row], path: Path) -> None:
     """Tokens per second of every runner over the ratio, one panel a phase and batch; dashed: the physical limit."""
     from matplotlib.figure import Figure
 
-    from ..files import write_atomically
+    from ..storage.files import write_atomically
 
     panels = sorted({(row.phase, row.batch) for row in rows})
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")

@@ -94,7 +94,7 @@ def _workplace(output: Path | None) -> Iterator[Path]:
 
 def _split_text(given: Excerpt, folder: Path) -> tuple[Path, Path]:
     """Two files in ``folder``: what is fitted on, and what nothing but the end sees."""
-    from ..files import write_text
+    from ..storage.files import write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / f"fit.{given.form}", folder / f"held-out.{given.form}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from ..locks import wait_for_others
+from ..storage.locks import wait_for_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable

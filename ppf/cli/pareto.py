@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..locks import locked_folder, sweep
+from ..storage.locks import locked_folder, sweep
 from .console import show
 from .options import Json, RunFolder, Wait
 
@@ -23,10 +23,10 @@ def pareto(
     as_json: Json = False,
 ) -> None:
     """Predicted and measured perplexity against size and, after `ppf profile`, latency: a page, JSON and a table."""
-    from ..files import write_json
     from ..fitting.run import Run
     from ..lab.pareto import pareto as curve
     from ..lab.pareto import pareto_page
+    from ..storage.files import write_json
 
     data, folder = curve(Run(run)), output or run
     with locked_folder(folder):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from ..locks import locked_folder, locked_result, sweep
+from ..storage.locks import locked_folder, locked_result, sweep
 from .console import lines, progress_bars, show
 from .options import COUNT, Device, Json, Wait
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..model.grid import Grid
     from ..model.policy import Policy
     from ..progress import Progress
-    from ..sealed import Sealed
+    from ..storage.sealed import Sealed
 
 
 def profile(
@@ -75,7 +75,7 @@ def _files(path: Path, is_run: bool, target: Path) -> Sealed:
     """Where the file ``target`` belongs: to the run, or to itself."""
     from ..choose.budget.profile import PROFILE
     from ..fitting.run import Run
-    from ..sealed import Sealed
+    from ..storage.sealed import Sealed
 
     if is_run and target.resolve() == (path / PROFILE).resolve():
         return Run(path).files

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import ranks
-from ..locks import for_all, locked_result
+from ..storage.locks import for_all, locked_result
 from .bars import policy_bars
 from .console import lines, progress_bars, show
 from .options import (

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..schemas import Count, Finite, Nonnegative, convert_to
+from ..storage.schemas import Count, Finite, Nonnegative, convert_to
 
 # exp() of it is still a number.
 _Log = Annotated[float, msgspec.Meta(ge=-700.0, le=700.0)]

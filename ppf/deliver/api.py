@@ -29,10 +29,10 @@ from ..fitting.reader import Reader
 from ..fitting.run import Answer
 from ..fitting.session import Session
 from ..fitting.tasks import Tasks
-from ..locks import locked_folder, sweep, waiting
 from ..model.policy import Policy
 from ..model.stream import Placement
 from ..progress import Progress, logged, silent, tell
+from ..storage.locks import locked_folder, sweep, waiting
 from ..text import Text
 from .portable import choose_portable
 from .request import Request, answer

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..choose.candidates.sampling import mutate, random_levels
 from ..fitting.evaluation import Evaluator
 from ..fitting.session import Session
-from ..locks import locked_folder
 from ..model.grid import unrestricted
 from ..progress import Progress, silent
-from ..schemas import Count, Finite, Nonnegative
+from ..storage.locks import locked_folder
+from ..storage.schemas import Count, Finite, Nonnegative
 
 PRICES = "portable.json"
 _RATIOS = (0.3, 0.5)

@@ -15,7 +15,6 @@ from .._version import versions
 from ..checkpoint.report import standing_report
 from ..choose.budget import Budget, RatioBudget
 from ..errors import InputError, PPFError
-from ..files import check_output
 from ..fitting.experience import Experience
 from ..fitting.perplexity import computing, log_perplexity_of
 from ..fitting.run import Protocol, Run
@@ -26,7 +25,8 @@ from ..model.build import expected_tensors, pruned_config, skeleton
 from ..model.decoder import Decoder
 from ..model.policy import Policy
 from ..progress import Progress, silent
-from ..schemas import read_as
+from ..storage.files import check_output
+from ..storage.schemas import read_as
 from .request import answer
 from .standing import report_of, stands
 

@@ -11,7 +11,7 @@ from ..checkpoint import verify
 from ..checkpoint.headers import REPORT, read_json
 from ..checkpoint.report import OWN
 from ..errors import InputError, shown
-from ..locks import tidy
+from ..storage.locks import tidy
 
 
 def report_of(output: str | Path) -> dict[str, Any] | None:

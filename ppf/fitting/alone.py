@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ..errors import InputError
-from ..locks import locked_folder, tidy
+from ..storage.locks import locked_folder, tidy
 from .run.manifest import read_manifest
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from ..files import write_atomically
+from ..storage.files import write_atomically
 
 
 class Database:

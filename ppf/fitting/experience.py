@@ -16,9 +16,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..checksums import checksum
 from ..errors import InputError
 from ..model.policy import Policy
+from ..storage.checksums import checksum
 from .database import Database
 
 # One row is one transaction. WAL with synchronous=NORMAL keeps every committed row when the process is killed, and
@@ -91,9 +91,10 @@ class _Row(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class Experience:
     """An SQLite store of evaluations, in order of arrival; a policy stands in it at most once.
 
-    ``owner`` is whose it is, for instance a run's :attr:`ppf.sealed.Sealed.owner`. A store that is not there is made,
-    unless ``new`` is False: then it must be. ``check`` is given the rows that were read and raises ``InputError`` for
-    those that cannot be. Rows are read, and checked, once: what others append meanwhile comes when it is asked for.
+    ``owner`` is whose it is, for instance a run's :attr:`ppf.storage.sealed.Sealed.owner`. A store that is not there
+    is made, unless ``new`` is False: then it must be. ``check`` is given the rows that were read and raises
+    ``InputError`` for those that cannot be. Rows are read, and checked, once: what others append meanwhile comes when
+    it is asked for.
     """
 
     def __init__(

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import checkpoint, ranks
 from ..errors import InputError
-from ..files import check_output, temporary_sibling
-from ..leftovers import is_temporary_of
-from ..locks import is_lock, sweep
+from ..storage.files import check_output, temporary_sibling
+from ..storage.leftovers import is_temporary_of
+from ..storage.locks import is_lock, sweep
 from .alone import may_write
 from .run.directory import MODEL
 from .run.manifest import MANIFEST

@@ -12,8 +12,8 @@ import msgspec
 import torch
 
 from ..choose.predictor import Prediction
-from ..schemas import Count, Nonnegative
-from ..sealed import Sealed
+from ..storage.schemas import Count, Nonnegative
+from ..storage.sealed import Sealed
 
 ROUNDS = "rounds.json"
 

@@ -22,7 +22,7 @@ from ..model.grid import Grid
 from ..model.layer import LayerRanking
 from ..model.policy import Policy
 from ..model.structure import Structure
-from ..schemas import read_as
+from ..storage.schemas import read_as
 from .evaluation import Evaluator
 
 FORMAT = 1

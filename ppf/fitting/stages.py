@@ -17,9 +17,6 @@ from ..choose.agent import error_energies
 from ..errors import InputError
 from ..families import KINDS, family_of
 from ..fast.permute import permute_layer
-from ..files import require_space
-from ..leftovers import is_temporary_of
-from ..locks import for_all, is_lock, sweep, waiting
 from ..model.decoder import Decoder
 from ..model.geometry import structure_of
 from ..model.layer import LayerRanking
@@ -27,6 +24,9 @@ from ..model.precision import compute_dtype
 from ..model.stream import Placement
 from ..model.structure import Structure
 from ..progress import Progress, silent
+from ..storage.files import require_space
+from ..storage.leftovers import is_temporary_of
+from ..storage.locks import for_all, is_lock, sweep, waiting
 from ..text import Splits, check_context
 from ..timings import seconds, since, timed
 from .alone import alone_in, may_write

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..errors import InputError
-from ..schemas import parse_as
+from ..storage.schemas import parse_as
 
 FORMAT = 2
 """Version of a policy's JSON. Format 1 had no version and one list for attention and one for FFN at its top."""

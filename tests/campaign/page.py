@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ppf._version import versions
-from ppf.files import write_json, write_text
+from ppf.storage.files import write_json, write_text
 
 from . import FOLDER
 from .attacks import ATTACKS

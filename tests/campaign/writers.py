@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from ppf.files import write_json
+from ppf.storage.files import write_json
 
 from . import children, trees
 from .ground import FIT, PROFILE, Ground

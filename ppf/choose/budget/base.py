@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ...model.grid import Grid
 from ...model.policy import Policy
-from ...sealed import Sealed
+from ...storage.sealed import Sealed
 from .costs import Costs
 from .figures import rounded
 from .projection import Projector, nearest

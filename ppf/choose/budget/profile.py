@@ -13,8 +13,8 @@ from ...families import KINDS
 from ...fast.timing import Workload
 from ...model.grid import Grid
 from ...model.structure import Structure
-from ...schemas import Finite, Nonnegative, convert_to
-from ...sealed import Sealed
+from ...storage.schemas import Finite, Nonnegative, convert_to
+from ...storage.sealed import Sealed
 from .base import Fitted
 from .costs import Costs
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import InputError
-from ...files import new_directory, require_space
+from ...storage.files import new_directory, require_space
 from .gguf_architectures import Architecture, architecture_of, context_length
 from .gguf_metadata import describe_model, describe_tokenizer, model_name
 from .gguf_rope import Rotation, rotation_of

@@ -11,9 +11,9 @@ from ...checkpoint.hashes import records
 from ...checkpoint.headers import REPORT, read_json
 from ...errors import InputError
 from ...families import Family
-from ...files import new_directory, require_space, write_json, write_text
 from ...model import perlayer
 from ...model.classes import plain_parts
+from ...storage.files import new_directory, require_space, write_json, write_text
 from ..standing import report_of
 from ..standing import stands as result_stands
 from .source import Source, check_destination, require_inside

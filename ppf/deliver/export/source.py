@@ -21,9 +21,9 @@ from ...checkpoint.report import standing_report
 from ...errors import InputError, shown
 from ...families import ATTENTION, Family
 from ...families.traits import traits_of
-from ...files import check_output
 from ...model.geometry import head_dim_of, structure_of
 from ...model.structure import Structure
+from ...storage.files import check_output
 from ..standing import report_of
 
 LAYER_0 = "Prune again with a policy that leaves layer 0 at least one kv-group: PPF's own policies do"

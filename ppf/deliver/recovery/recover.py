@@ -17,13 +17,13 @@ from ..._version import versions
 from ...checkpoint.report import standing_report
 from ...checkpoint.writing import model_bytes
 from ...errors import InputError
-from ...files import check_output, require_space
 from ...fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ...fitting.reader import Reader, Reading
 from ...fitting.run import Protocol
-from ...locks import for_all, locked_result, waiting
 from ...model.stream import Placement
 from ...progress import Progress, logged, silent
+from ...storage.files import check_output, require_space
+from ...storage.locks import for_all, locked_result, waiting
 from ...timings import timed
 from ..standing import report_of, stands
 from .corpus import Corpus

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checksums import checksum
 from ...errors import InputError
-from ...leftovers import is_temporary_of, remove, sweep_inside, temporary_sibling
-from ...locks import holds
-from ...sealed import Sealed
+from ...storage.checksums import checksum
+from ...storage.leftovers import is_temporary_of, remove, sweep_inside, temporary_sibling
+from ...storage.locks import holds
+from ...storage.sealed import Sealed
 
 _QUESTION, _STATE = "question.json", "state.safetensors"
 _WEIGHT = "weight."

@@ -9,7 +9,7 @@ RUN/model                    the dense model, if it was fitted from memory
 RUN/rounds.json              how far the predictor was off at the agent's own policies, round by round
 RUN/predictor.safetensors, RUN/agent.safetensors
 
-Every file is sealed (:mod:`ppf.sealed`), and every row of the experience has a checksum; RUN/model has them in
+Every file is sealed (:mod:`ppf.storage.sealed`), and every row of the experience has a checksum; RUN/model has them in
 run.json. What is read is checked first, against these and for values that no fit writes.
 """
 

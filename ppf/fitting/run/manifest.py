@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ...checksums import checksum
 from ...errors import InputError
 from ...model.structure import Structure
-from ...schemas import convert_to
-from ...sealed import SEAL, Sealed
+from ...storage.checksums import checksum
+from ...storage.schemas import convert_to
+from ...storage.sealed import SEAL, Sealed
 from .settings import Settings
 
 MANIFEST, EXPERIENCE = "run.json", "experience.sqlite"

@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...families import KINDS
 from ...model.grid import Grid
 from ...model.structure import Structure
-from ...sealed import Sealed
+from ...storage.sealed import Sealed
 from ..experience import Evaluation
 from ..factors import boundaries_of, packed_size, stored_dtype
 

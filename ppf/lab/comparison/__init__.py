@@ -19,20 +19,20 @@ import torch
 
 from ..._version import versions
 from ...checkpoint import read_config
-from ...checksums import checksum
 from ...choose.budget.projection import check_ratio
 from ...deliver.results import check_tasks
 from ...errors import InputError, shown
 from ...families import family_of
-from ...files import write_json
 from ...fitting.reader import Reader
 from ...fitting.run import Protocol, Run
 from ...fitting.session import Session
 from ...fitting.tasks import Tasks
-from ...leftovers import is_temporary_of
-from ...locks import is_lock, locked_folder, sweep
 from ...progress import Progress, silent
-from ...sealed import Sealed
+from ...storage.checksums import checksum
+from ...storage.files import write_json
+from ...storage.leftovers import is_temporary_of
+from ...storage.locks import is_lock, locked_folder, sweep
+from ...storage.sealed import Sealed
 from ...text import take_tokens
 from .cells import Cells, compute
 from .judging import Judge

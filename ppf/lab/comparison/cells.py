@@ -21,8 +21,8 @@ from ...fitting.experience import Experience
 from ...fitting.session import Session
 from ...model.policy import Policy
 from ...progress import Progress, silent
-from ...schemas import Count, Finite, Nonnegative
-from ...sealed import Sealed
+from ...storage.schemas import Count, Finite, Nonnegative
+from ...storage.sealed import Sealed
 from ..peers import PEERS, PeerStatistics
 from .asis import AS_IS, measure_as_is
 from .methods import Method

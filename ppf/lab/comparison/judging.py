@@ -18,7 +18,7 @@ from ...fitting.session import Session
 from ...fitting.tasks import Tasks
 from ...model.policy import Policy
 from ...progress import Progress, silent
-from ...sealed import Sealed
+from ...storage.sealed import Sealed
 from .asis import AS_IS, as_is_model
 from .methods import Method
 

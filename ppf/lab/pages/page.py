@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..._version import versions
-from ...files import write_text
+from ...storage.files import write_text
 from .figures import key_of, svg_for_page
 from .style import COLOURS, STYLE
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from ..._version import versions
 from ...choose.predictor import Predictor, predictor_named
 from ...errors import InputError
-from ...files import write_json
 from ...fitting.alone import may_write
 from ...fitting.experience import Experience
 from ...fitting.run import Protocol, Run
 from ...fitting.session import Session
-from ...locks import locked_folder, sweep
 from ...model.policy import Policy
 from ...progress import Progress, silent
+from ...storage.files import write_json
+from ...storage.locks import locked_folder, sweep
 from . import baselines
 from .heldout import STORE, HeldOut, held_out_policies, held_out_store, measure_all, training_rows
 from .latency import latency

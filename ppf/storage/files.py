@@ -15,11 +15,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
+from ..timings import timed
 from .leftovers import remove, temporary_sibling
 from .locks import locked_result, only_locks
 from .swapping import exchange
-from .timings import timed
 
 _RUST = re.compile(r"os error (\d+)")
 # What numpy says of a file that took less than it was to hold.

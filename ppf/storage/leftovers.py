@@ -1,8 +1,8 @@
 """Temporary names beside what is being written, and how what a killed process left under them is swept.
 
 ``.NAME.xxxxxxxx.tmp`` is NAME while it is written, or what a swap has taken out; ``.NAME.xxxxxxxx.old`` is the NAME
-that a swap in two steps has moved away. Only who holds the lock on NAME (:mod:`ppf.locks`) may sweep them: then nobody
-else is writing it, and whoever did is dead.
+that a swap in two steps has moved away. Only who holds the lock on NAME (:mod:`ppf.storage.locks`) may sweep them: then
+nobody else is writing it, and whoever did is dead.
 """
 
 from __future__ import annotations

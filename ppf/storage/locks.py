@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from contextvars import ContextVar
 from pathlib import Path
 
-from . import ranks
-from .errors import InputError
+from .. import ranks
+from ..errors import InputError
 from .leftovers import sweep_inside, sweep_siblings
 from .lock_file import give_back, named, take
 

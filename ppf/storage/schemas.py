@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from .errors import InputError
+from ..errors import InputError
 
 _Schema = TypeVar("_Schema")
 

@@ -21,11 +21,11 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
+from ..errors import InputError
+from ..timings import timed
 from .checksums import checksum
-from .errors import InputError
 from .files import write_atomically
 from .schemas import convert_to, parse_as, require_file
-from .timings import timed
 
 if TYPE_CHECKING:
     from torch import Tensor
