@@ -1,4 +1,7 @@
-"""GGUF files as models: what our own exporter writes is read back, with the logits of the model it came from."""
+"""GGUF files as models: what our own exporter writes is read back, with the logits of the model it came from.
+
+Their tokenizers are in test_gguf_tokenizer.py.
+"""
 
 import shutil
 import sys
@@ -54,6 +57,7 @@ CASES = {
             "full_attention": LOCAL | {"rope_type": "linear", "factor": 8.0}, "sliding_attention": LOCAL,
         }},
     ),
+    "llama of SentencePiece": ("llama", sentencepiece_tokenizer, LARGE),
     "phi3": ("phi3", sentencepiece_tokenizer, LARGE),
 }  # fmt: skip
 
@@ -171,6 +175,16 @@ def _field(name, value):
     return change
 
 
+def _first(name, value):
+    """The first item of an array."""
+
+    def change(fields, arrays):
+        values, *kinds = fields[name]
+        fields[name] = ([value, *values[1:]], *kinds)
+
+    return change
+
+
 def _extra(fields, arrays):
     arrays["blk.0.attn_sinks.weight"] = arrays["blk.0.attn_norm.weight"]
 
@@ -197,7 +211,13 @@ def _narrow(fields, arrays):
         (_field("llama.rope.scaling.type", "longrope"), "longrope"),
         (_field("split.count", 3), "one of 3 parts"),
         (_field("general.architecture", "mamba"), "general.architecture = mamba"),
-        (lambda fields, arrays: fields.pop("tokenizer.ggml.tokens"), "tokenizer"),
+        (lambda fields, arrays: fields.pop("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens"),
+        (_field("tokenizer.ggml.pre", "starcoder"), "GGUF tokenizer.ggml.pre = starcoder"),
+        (lambda fields, arrays: fields.pop("tokenizer.ggml.pre"), "GGUF tokenizer.ggml.pre = (none)"),
+        (_field("tokenizer.ggml.model", "t5"), "GGUF tokenizer.ggml.model = t5"),
+        (_field("tokenizer.ggml.bos_token_id", 1 << 20), "GGUF tokenizer.ggml.bos_token_id = 1048576"),
+        (_first("tokenizer.ggml.tokens", "!"), "GGUF tokenizer.ggml.tokens = !"),
+        (_first("tokenizer.ggml.merges", "nothing"), "has merges that do not fit its tokens"),
     ],
 )
 def test_a_file_that_is_not_such_a_model_is_refused(tmp_path, cache, tiny, change, said):

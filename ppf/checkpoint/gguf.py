@@ -1,7 +1,7 @@
 """A GGUF file as a folder: dequantised once, into a cache of this user.
 
-The gguf package knows the file, its blocks and the names of tensors; transformers makes the tokenizer of it. What
-llama.cpp's converters do to rows and norms is undone here, as :mod:`ppf.deliver.export` does it.
+The gguf package knows the file, its blocks and the names of tensors. What llama.cpp's converters do to rows and norms
+is undone here, as :mod:`ppf.deliver.export` does it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from ..families import family_of
@@ -27,12 +27,13 @@ from ..timings import timed
 from .checks import check_checkpoint
 from .gguf_bounds import DAMAGED, Outline, outline
 from .gguf_header import REMEDY, ROPE_FACTORS, Header, config_of
+from .gguf_tokenizer import tokenizer_of
 from .hashes import sha256_of
 from .headers import read_json
 from .writing import save_plain
 
 # Beside the file's hash in the name of its folder: what an older PPF made of the file is made again.
-_FORMAT = 1
+_FORMAT = 2
 # Beside the weights: which file they came from, and its most common type if that is a quantised one.
 _NOTE = "gguf.json"
 _FLOAT32, _LARGEST_HEAD = 0, 65_536
@@ -87,7 +88,7 @@ def _write(file: Path, folder: Path, config: PreTrainedConfig, names: dict[str, 
         write_json(made / _NOTE, {"file": str(file.resolve()), "quantised": quantised})
         check_checkpoint(made)
 
-    save_plain(config, _tensors(config, names, read), _dtype(types), folder, _tokenizer(file, config), finish)
+    save_plain(config, _tensors(config, names, read), _dtype(types), folder, tokenizer_of(file, reader), finish)
 
 
 def _described(file: Path) -> tuple[PreTrainedConfig, dict[str, str]]:
@@ -179,13 +180,3 @@ def _tensors(
             # llama.cpp rotates row 2j of a head with 2j + 1, transformers row j with j + half.
             tensor = tensor.unflatten(0, (rows, -1, 2)).transpose(1, 2).flatten(0, 2)
         yield name, tensor
-
-
-def _tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, config=config, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # of the tokenizers library: bare Exception for what it does not understand
-        problem = f"transformers cannot make a tokenizer of it ({' '.join(str(error).split())[:200]})"
-        raise InputError("GGUF file", file, problem, REMEDY) from error

@@ -15,18 +15,14 @@ from typing import Any
 from ..errors import InputError, shown
 from ..timings import timed
 from .contents import read_contents
-from .headers import REPORT, is_marked, weight_files
-from .report import CHANGED, read_report, saved_again
+from .headers import REPORT, header_checksums, is_marked, safetensors_files, weight_files
+from .report import CHANGED, GO_ON, HEADERS, read_report, saved_again, write_sealed
 from .sources import local_folder
 
 _BLOCK = 4 << 20
 _THREADS = 8
 # A file system's clock ticks every few milliseconds: of a file written just now, a later change might not show.
 _SETTLED = 2_000_000_000
-_GO_ON = (
-    f"If you trained or edited it, remove its {REPORT}: what is left is a checkpoint like any other. "
-    "If you did not, it is damaged: use another copy"
-)
 # What was hashed before in this process: a command asks for the same weights several times.
 _known: dict[tuple[str, int, int, int, int], str] = {}
 
@@ -101,11 +97,14 @@ def hash_folder(folder: Path) -> dict[str, str]:
     return dict(zip((file.name for file in files), _sha256s(files), strict=True))
 
 
-def records(folder: Path) -> dict[str, Any]:
-    """What ``ppf.json`` says so that :func:`verify` can tell: "files", by :func:`hash_folder`, and "marked", whether
-    all weights carry the mark of those that PPF writes."""
-    weights = list(folder.glob("*.safetensors"))
-    return {"files": hash_folder(folder), "marked": bool(weights) and all(map(is_marked, weights))}
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write ``ppf.json`` beside all else that ``folder`` is to hold: ``report``, and what tells later whether it is
+    still that: "files", by :func:`hash_folder`; "headers", those of the weights; and "marked", whether all of these
+    carry the mark of those that PPF writes."""
+    weights = safetensors_files(folder)
+    marked = bool(weights) and all(map(is_marked, weights))
+    own = {"files": hash_folder(folder), "marked": marked, HEADERS: header_checksums(folder)}
+    write_sealed(folder, {**report, **own})
 
 
 def verify(path: str | Path) -> bool:
@@ -120,7 +119,7 @@ def verify(path: str | Path) -> bool:
     if files is None:
         return False
     if any(Path(name).name != name for name in files):
-        raise InputError("file", folder / REPORT, "lists files outside its folder", _GO_ON)
+        raise InputError("file", folder / REPORT, "lists files outside its folder", GO_ON)
     if saved_again(folder, report):
         told = f"{shown(folder)} was saved again since PPF wrote it: what {REPORT} says of its weights is out of date"
         warnings.warn(f"ppf: {told}", stacklevel=2)
@@ -132,11 +131,11 @@ def verify(path: str | Path) -> bool:
 def _require_unchanged(folder: Path, files: Mapping[str, str]) -> None:
     for name in files:
         if not (folder / name).is_file():
-            raise InputError("file", folder / name, f"{CHANGED}: listed in {REPORT}, but does not exist", _GO_ON)
+            raise InputError("file", folder / name, f"{CHANGED}: listed in {REPORT}, but does not exist", GO_ON)
     found = _sha256s([folder / name for name in files])
     for (name, recorded), sha256 in zip(files.items(), found, strict=True):
         if sha256 != recorded:
-            raise InputError("file", folder / name, f"{CHANGED}: not the SHA-256 that {REPORT} records", _GO_ON)
+            raise InputError("file", folder / name, f"{CHANGED}: not the SHA-256 that {REPORT} records", GO_ON)
     for file in folder.glob("*.safetensors"):
         if file.name not in files:
-            raise InputError("file", file, f"{CHANGED}: holds weights but is not listed in {REPORT}", _GO_ON)
+            raise InputError("file", file, f"{CHANGED}: holds weights but is not listed in {REPORT}", GO_ON)

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..storage.checksums import checksum
 from ..storage.schemas import read_as, require_file
 
 REPORT = "ppf.json"
@@ -23,8 +24,8 @@ READ = "F32", "F16", "BF16"
 
 PLAIN = {"format": "pt"}
 """The metadata of weights that others write, and of those that PPF writes as others would."""
-MARKED = PLAIN | {"written_by": "ppf"}
-"""The metadata of the weights of results; see :mod:`ppf.checkpoint.report`."""
+CONTENT = "content"
+"""The field of the metadata of a result's weights that holds a checksum of the file's tensors."""
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _REMEDY = "The file is damaged: get it again"
@@ -106,16 +107,37 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape()), name) for name, s in slices.items()}
 
 
+def mark(content: str) -> dict[str, str]:
+    """The metadata of the weights of results; see :mod:`ppf.checkpoint.report`."""
+    return PLAIN | {"written_by": "ppf", CONTENT: content}
+
+
 def is_marked(file: Path) -> bool:
     """Whether the metadata of a safetensors file are more than others write. Not: exactly those that PPF writes. One
     flipped bit must not make a damaged file look like one that somebody else wrote."""
+    return not read_metadata(file).keys() <= PLAIN.keys()
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, which may have none. Raises ``InputError`` as :func:`read_header` does."""
     with _opened(file) as reader:
-        return not (reader.metadata() or {}).keys() <= PLAIN.keys()
+        return reader.metadata() or {}
 
 
-def read_json(file: Path, largest: int = 16 << 20) -> dict[str, Any]:
+def header_checksums(folder: Path) -> dict[str, str]:
+    """{name: XXH3-128 of its header} of every safetensors file in ``folder``. Raises ``InputError`` for a file that
+    cannot be read, or has a longer header than any model."""
+    return {file.name: _header_checksum(file) for file in safetensors_files(folder)}
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """All that are in ``folder``, whether its model needs them or not, sorted by name."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
+
+
+def read_json(file: Path, largest: int = 16 << 20, remedy: str = _REMEDY) -> dict[str, Any]:
     """The JSON object in ``file``. Raises ``InputError`` if it is missing, of more than ``largest`` bytes, or holds
-    anything else."""
+    anything else; ``remedy`` is what to do about that."""
     try:
         size = file.stat().st_size
     except FileNotFoundError:
@@ -124,8 +146,8 @@ def read_json(file: Path, largest: int = 16 << 20) -> dict[str, Any]:
         raise _unreadable("file", file, error) from None
     if size > largest:
         raise InputError("file", file, f"is larger than {largest >> 20} MiB", "Name a Hugging Face folder")
-    require_file("file", file, _REMEDY)
-    return read_as(dict[str, Any], "file", file, _REMEDY)
+    require_file("file", file, remedy)
+    return read_as(dict[str, Any], "file", file, remedy)
 
 
 @contextmanager
@@ -145,6 +167,16 @@ def _require_header(file: Path) -> None:
     if (length := _header_bytes(file)) > _LARGEST_HEADER:
         problem = f"says that its header has {length:,} bytes, and those of models have less than {_LARGEST_HEADER:,}"
         raise InputError("safetensors file", file, problem, _REMEDY)
+
+
+def _header_checksum(file: Path) -> str:
+    _require_header(file)
+    try:
+        with file.open("rb") as stream:
+            length = stream.read(8)
+            return checksum(length, stream.read(int.from_bytes(length, "little")))
+    except OSError as error:
+        raise _unreadable("safetensors file", file, error) from None
 
 
 def _header_bytes(file: Path) -> int:

@@ -7,12 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import PPFError
 from ..storage.files import write_json
-from .headers import INDEX, MARKED, WEIGHTS
+from .headers import INDEX, PLAIN, WEIGHTS, mark
 
 # Where a file's metadata stand: behind the header's length and its first field's name.
 _METADATA_AT = 8 + len('{"__metadata__":')
@@ -50,13 +52,13 @@ def write_shards(
     sizes: Mapping[str, int],
     tensors: Iterable[tuple[str, Tensor]],
     limit: int = SHARD_BYTES,
-    metadata: Mapping[str, str] = MARKED,
+    marked: bool = True,
 ) -> None:
     """Write ``tensors`` into ``folder``, and an index if there are several files.
 
     ``sizes`` are the bytes of all of them. If they come in that order, what is held on the host is one file's tensors;
-    any other order is right too, and holds more. Every file gets ``metadata``. Raises ``PPFError`` for tensors that are
-    not those of ``sizes``.
+    any other order is right too, and holds more. Every file is ``marked`` as a result's, or is as others write them.
+    Raises ``PPFError`` for tensors that are not those of ``sizes``.
     """
     files = planned(sizes, limit)
     expected, missing = dict(sizes), Counter(files.values())
@@ -69,12 +71,25 @@ def write_shards(
         del tensor  # what comes next may need its room
         missing[file] -= 1
         if not missing[file]:
-            save_file(held.pop(file), folder / file, metadata=dict(metadata))
-            _order_metadata(folder / file, metadata)
+            _write(folder / file, held.pop(file), marked)
     if expected:
         raise PPFError(f"the tensor {next(iter(expected))} was to be written and did not come")
     if len(missing) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _write(file: Path, tensors: dict[str, Tensor], marked: bool) -> None:
+    metadata = mark(_content(tensors)) if marked else PLAIN
+    save_file(tensors, file, metadata=dict(metadata))
+    _order_metadata(file, metadata)
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """XXH3-128 of the bytes of ``tensors``, in the order of their names, which the file's header tells."""
+    state = xxhash.xxh3_128()
+    for _, tensor in sorted(tensors.items()):
+        state.update(tensor.flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def _order_metadata(file: Path, metadata: Mapping[str, str]) -> None:

@@ -19,8 +19,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from ..model.build import LAYERS, expected_tensors, skeleton
 from ..model.tower import PREFIX, wrapper_classes, wrapper_model
 from ..storage.files import new_directory, require_space, write_json
-from .hashes import records
-from .headers import PLAIN, REPORT
+from .hashes import write_report
+from .headers import REPORT
 from .reading import GENERATION
 from .shards import SHARD_BYTES, write_shards
 from .source import Checkpoint
@@ -60,7 +60,7 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         (folder / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
-        write_json(folder / REPORT, {**report, **records(folder)})
+        write_report(folder, report)
 
 
 def save_stream(
@@ -94,7 +94,7 @@ def save_stream(
         said = generation or model.generation_config
         (folder / GENERATION).write_text(said.to_json_string(), encoding="utf-8")
         found = report(folder)
-        write_json(folder / REPORT, {**found, **records(folder)})
+        write_report(folder, found)
     return found
 
 
@@ -113,7 +113,7 @@ def save_plain(
     model = skeleton(copy.deepcopy(config), dtype)
     with _result(path, model_bytes(model), False, None) as folder:
         converted = ((name, tensor.to(dtype)) for name, tensor in tensors)
-        write_shards(folder, _sizes(model.config, dtype), converted, SHARD_BYTES, PLAIN)
+        write_shards(folder, _sizes(model.config, dtype), converted, SHARD_BYTES, marked=False)
         _write_config(model, folder)
         tokenizer.save_pretrained(folder)
         finish(folder)

@@ -106,8 +106,9 @@ class Child:
         too long, or stands still, is ended, and its Python stack is in ``err``."""
         stopped, hung, still, computed = False, False, 0, 0.0
         while not hung and not self._ends(_LOOK):
-            spent = self._spent()
-            still, computed = 0 if spent > computed + _LOOK * _IDLE else still + 1, spent
+            spent, wants_a_core = _work(self.pid)
+            still = 0 if wants_a_core or spent > computed + _LOOK * _IDLE else still + 1
+            computed = spent
             hung = computed > _LONGEST or still >= _STILL
             if stop_after is not None and computed > stop_after and not stopped:
                 self.send(signal.SIGTERM)
@@ -127,15 +128,23 @@ class Child:
         spent, grown = used.ru_utime + used.ru_stime, (used.ru_maxrss - born) * 1024
         return Ended(code if code >= 0 else 128 - code, max(-code, 0), out, err, spent, grown, hung, stopped)
 
-    def _spent(self) -> float:
-        """Seconds that it has computed."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     def _ends(self, longest: float) -> bool:
         poll = select.poll()
         poll.register(self._watch, select.POLLIN)
         return bool(poll.poll(longest * 1000))
+
+
+def _work(pid: int) -> tuple[float, bool]:
+    """Seconds that a process and those it has started have computed, and whether one of them wants a core just now: on
+    a busy machine it may not get one for long."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # ended meanwhile
+        return 0.0, False
+    found = [_work(int(child)) for child in started]
+    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(spent for spent, _ in found), fields[0] == "R" or any(wants for _, wants in found)
 
 
 def run(work: Callable[[], None], folder: Path, *prepare: Callable[[], None]) -> Ended:

@@ -61,7 +61,9 @@ def made() -> Iterator[Ground]:
     try:
         for work in (lambda: _write_models(ground), *map(_command, _commands()), lambda: _begin_a_fit(ground)):
             _require(children.run(lambda work=work: _noting(work, place / "modules"), ground.folder))
-        _import_all(place / "modules")
+            _import_all(place / "modules")
+        gc.collect()
+        gc.freeze()
         yield ground
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -143,13 +145,11 @@ def _noting(work: Callable[[], None], file: Path) -> None:
 
 
 def _import_all(file: Path) -> None:
-    """Import what every child would have to: most of a try would be that."""
+    """Import what every child from now on would have to: most of a try would be that."""
     for name in dict.fromkeys(file.read_text().splitlines()):
         if name not in sys.modules:
             with suppress(Exception):  # of the kind that only its owner can import
                 import_module(name)
-    gc.collect()
-    gc.freeze()
 
 
 def _begin_a_fit(ground: Ground) -> None:

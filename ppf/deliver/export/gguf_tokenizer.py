@@ -13,40 +13,19 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ...checkpoint.gguf_vocabulary import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
 from ...errors import InputError
 from .chat_templates import chat_templates
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""GGUF's token types."""
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-_SLASHED = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
-_TEKKEN = rf"{_WORDS[0]}|{_WORDS[1]}|\p{{N}}|{_SLASHED}"
-_GPT4O = rf"{_WORDS[0]}{_CONTRACTIONS}?|{_WORDS[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHED}"
-# Pre-tokenisers that llama.cpp has under a name, as (steps of tokenizer.json, ignore_merges).
-_PRE_TOKENIZERS = {
-    "gpt-2": (("ByteLevel regex",), False),
-    "smollm": (("Digits", "ByteLevel regex"), False),
-    "llama-bpe": ((f"Split {_LLAMA3}", "ByteLevel"), True),
-    "dbrx": ((f"Split {_LLAMA3}", "ByteLevel"), False),
-    "qwen2": ((f"Split {_QWEN2}", "ByteLevel"), False),
-    "tekken": ((f"Split {_TEKKEN}", "ByteLevel"), True),
-    "gpt-4o": ((f"Split {_GPT4O}", "ByteLevel"), False),
-}
 # What ends a turn by its name in llama.cpp.
 _KNOWN_ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
     "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>",
 }  # fmt: skip
-# Both keep what the pattern finds; the patterns above find everything.
+# Both keep what the pattern finds; the patterns of PRE_TOKENIZERS find everything.
 _KEEPING = ("Isolated", False), ("Removed", True)
 _REMEDY = (
-    "Export to hf, which keeps the tokenizer as it is, or add its pre-tokeniser to ppf/deliver/export/gguf_tokenizer.py"
+    "Export to hf, which keeps the tokenizer as it is, or add its pre-tokeniser to ppf/checkpoint/gguf_vocabulary.py"
 )
 
 
@@ -144,10 +123,10 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
             raise _unsupported(step["type"], "normalises text before byte-level BPE")
     steps = tuple(_step(step) for step in _steps(data["pre_tokenizer"], "pretokenizers"))
     found = steps, bool(data["model"].get("ignore_merges"))
-    for name, known in _PRE_TOKENIZERS.items():
+    for name, known in PRE_TOKENIZERS.items():
         if found == known:
             return name
-    raise _unsupported(" + ".join(steps)[:80] or "(none)", f"is none of the pre-tokenisers {list(_PRE_TOKENIZERS)}")
+    raise _unsupported(" + ".join(steps)[:80] or "(none)", f"is none of the pre-tokenisers {list(PRE_TOKENIZERS)}")
 
 
 def _steps(part: dict[str, Any] | None, plural: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import versions
-from ...checkpoint.hashes import records
+from ...checkpoint import hashes
 from ...checkpoint.headers import REPORT, read_json
 from ...errors import InputError
 from ...families import Family
@@ -111,7 +111,7 @@ def _prefix(family: Family) -> str:
 
 def write_report(folder: Path, source: Source, facts: dict[str, Any]) -> None:
     """``ppf.json``: the source's own report, what the export did, and the SHA-256 of every file."""
-    write_json(folder / REPORT, {**_report(source, facts), **records(folder)})
+    hashes.write_report(folder, _report(source, facts))
 
 
 def stands(output: str | Path, source: Source, facts: dict[str, Any]) -> bool:
