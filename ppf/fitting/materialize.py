@@ -6,7 +6,7 @@ from the library, refitted to the kept units (or are gathered too, where there i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,10 +20,15 @@ from ..model.layer import Layer, LayerRanking
 from ..model.policy import Policy
 from .library import Library
 
+Teacher = Callable[[Iterator[dict[str, Tensor]]], Iterator[dict[str, Tensor]]]
+"""Given the kept layers in order, gives each of them after its training, for instance
+:meth:`ppf.fitting.reconstruction.Reconstruction.taught`."""
+
 
 def materialize(
-    decoder: Decoder, ranking: Sequence[LayerRanking], grid: Grid, policy: Policy, library: Library | None = None
-) -> PreTrainedModel:
+    decoder: Decoder, ranking: Sequence[LayerRanking], grid: Grid, policy: Policy, library: Library | None = None,
+    taught: Teacher | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """The pruned model, in the dtype and on the device of ``decoder`` (dense, in checkpoint order).
 
     A uniform policy gives a stock model of the family, any other the family's class with widths of its own in every
@@ -32,23 +37,25 @@ def materialize(
     state = {
         # The model owns its weights.
         name: tensor.clone() if name in decoder.outer else tensor
-        for name, tensor in pruned_tensors(decoder, ranking, grid, policy, library)
+        for name, tensor in pruned_tensors(decoder, ranking, grid, policy, library, taught)
     }
     return build(pruned_config(decoder.config, policy), state, dtype=decoder.dtype)
 
 
 def pruned_tensors(
-    decoder: Decoder, ranking: Sequence[LayerRanking], grid: Grid, policy: Policy, library: Library | None = None
-) -> Iterator[tuple[str, Tensor]]:
+    decoder: Decoder, ranking: Sequence[LayerRanking], grid: Grid, policy: Policy, library: Library | None = None,
+    taught: Teacher | None = None,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Name and tensor of every weight of :func:`materialize`'s model, layer by layer in ascending order, then what lies
     outside the layers, which is the decoder's own; all else is nobody's but the caller's.
 
-    Holds one layer at a time, of a ``decoder`` whose layers stream too. Raises ``InputError`` for a policy off the
-    grid, when the first tensor is asked for.
+    Holds one layer at a time, of a ``decoder`` whose layers stream too, and those that ``taught`` is training. Raises
+    ``InputError`` for a policy off the grid, when the first tensor is asked for.
     """
     grid.check(policy)
-    for index in range(decoder.structure.layers):
-        found = _layer(decoder, index, ranking[index], grid, policy, library)
+    indices = range(decoder.structure.layers)
+    layers = (_layer(decoder, index, ranking[index], grid, policy, library) for index in indices)
+    for index, found in enumerate(layers if taught is None else taught(layers)):
         yield from ((f"{LAYERS}{index}.{name}", found.pop(name)) for name in list(found))
     yield from decoder.outer.items()
 
