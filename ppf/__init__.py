@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .checkpoint import save
     from .deliver.api import Pruned, Run, fit
     from .deliver.elastic.loading import load
-    from .deliver.recovery import RecoverySettings, recover
+    from .deliver.recovery import ElasticSettings, RecoverySettings, recover, recover_elastic
     from .fast.runtime import accelerate
     from .fitting.perplexity import evaluate
     from .fitting.run import Answer, Settings
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "ElasticSettings",
     "Grid",
     "InputError",
     "PPFError",
@@ -62,11 +63,13 @@ __all__ = [
     "fit",
     "load",
     "recover",
+    "recover_elastic",
     "save",
 ]
 
 _HOMES = {
     "Answer": "fitting.run",
+    "ElasticSettings": "deliver.recovery",
     "Grid": "model.grid",
     "Placement": "model.stream",
     "Policy": "model.policy",
@@ -84,6 +87,7 @@ _HOMES = {
     "fit": "deliver.api",
     "load": "deliver.elastic.loading",
     "recover": "deliver.recovery",
+    "recover_elastic": "deliver.recovery",
     "save": "checkpoint",
 }
 

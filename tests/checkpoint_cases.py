@@ -11,6 +11,8 @@ from factories import TINY
 from safetensors.torch import load_file, save_file
 
 from ppf.checkpoint import load
+from ppf.checkpoint.hashes import hash_folder
+from ppf.checkpoint.report import write_sealed
 from ppf.errors import InputError
 from ppf.model.build import build, expected_tensors, pruned_config
 from ppf.model.policy import Policy
@@ -35,6 +37,20 @@ def tokens() -> torch.Tensor:
 def edit_json(file: Path, **changes) -> None:
     data = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+
+def edit_report(folder: Path, **changes) -> None:
+    """Change what ``ppf.json`` says, with the checksum that a PPF which wrote it so would have given it."""
+    file = folder / "ppf.json"
+    edit_json(file, **changes)
+    write_sealed(folder, json.loads(file.read_text()))
+
+
+def as_an_older_ppf(folder: Path, **changes) -> None:
+    """Change a result into what PPF wrote before there were checksums, with ``changes`` to its report."""
+    for file in folder.glob("*.safetensors"):
+        save_file(load_file(file), file, metadata={"format": "pt", "written_by": "ppf"})
+    edit_json(folder / "ppf.json", **{"checksum": ..., "headers": ..., "files": hash_folder(folder)} | changes)
 
 
 def edit_tensors(folder: Path, change) -> None:

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import fresh
 from typer.testing import CliRunner
 
 from ppf.cli import app
-
-TESTS = Path(__file__).parent
+from ppf.fitting.run import Run
 
 # The real command in a real process, with short training, and a pause before each evaluation: time to be interrupted.
 _SLOW_PPF = """
-import signal, time, pytest
+import time, pytest
 from factories import quick_learning
 from ppf.cli import main
 from ppf.fitting.evaluation import Evaluator
 quick_learning(pytest.MonkeyPatch())
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
 measure = Evaluator.log_perplexities
 Evaluator.chunk = 1
-Evaluator.log_perplexities = lambda self, policies, tokens=None: (time.sleep(0.25), measure(self, policies, tokens))[1]
+Evaluator.log_perplexities = lambda self, policies, tokens=None: (time.sleep(0.1), measure(self, policies, tokens))[1]
 main()
 """
+
+
+QUICK = ("--evaluations", 40, "--ffn-multiple", 8, "--sequence-length", 32, "--calibration-tokens", 2048)
+"""The settings of ``tiny_run``."""
 
 
 def ppf(*arguments: object):
@@ -63,20 +64,15 @@ def refusal(*arguments: object, field: str, value: object = "", code: int = 2) -
 
 def interrupted(arguments: list[object], run: Path, rows: int, kind: signal.Signals) -> tuple[int, str]:
     """Start a command in a new process, send ``kind`` once ``run`` holds ``rows``; its exit code and stderr."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _SLOW_PPF, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": "/"}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while stored(run) < rows and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert process.poll() is None, process.stderr.read()
-            process.send_signal(kind)
-            _, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    return process.returncode, errors
+    process = fresh.Process(_SLOW_PPF, *arguments)
+    deadline = time.monotonic() + 120
+    while stored(run) < rows and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    early = process.poll() is not None
+    process.send_signal(kind)
+    ended = process.ended(within=60)
+    assert not early, ended.stderr
+    return ended.returncode, ended.stderr
 
 
 def stored(run: Path) -> int:
@@ -89,3 +85,12 @@ def stored(run: Path) -> int:
             return database.execute("SELECT COUNT(*) FROM evaluations").fetchone()[0]
     except sqlite3.OperationalError:  # the table is not there yet
         return 0
+
+
+def fit_arguments(model: Path, text: Path, output: Path) -> list:
+    return ["fit", model, "--text", text, "--output", output, "--device", "cpu", *QUICK]
+
+
+def rows(run: Path) -> list:
+    """A run's rows but for the seconds they took."""
+    return [replace(row, seconds=0.0) for row in Run(run).experience.rows()]

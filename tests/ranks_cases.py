@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import fresh
 
 TESTS = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -36,6 +39,25 @@ def together(processes: int, *arguments: object) -> subprocess.CompletedProcess:
 def quick_together(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     """The same, with short training."""
     return subprocess.run([*_quick(processes, 0), *map(str, arguments)], **_how(), timeout=300)
+
+
+def forked_together(processes: int, code: str, *arguments: object) -> subprocess.CompletedProcess:
+    """How the first of so many ended that run Python ``code``, all of them well: forks that are told what torchrun's
+    processes are, for what is not about torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    ranks = [
+        fresh.Process(code, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(processes)
+    ]
+    ended = [process.ended() for process in ranks]
+    assert not any(done.returncode for done in ended), [done.stderr[-2000:] for done in ended]
+    return ended[0]
+
+
+def quick_forked_together(processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    """``ppf`` with ``arguments`` and short training as :func:`forked_together`."""
+    return forked_together(processes, _QUICK, 0, *arguments)
 
 
 @contextmanager

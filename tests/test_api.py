@@ -4,7 +4,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import pickle
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import pytest
 import torch
 from factories import quick_learning
-from ranks_cases import TORCHRUN
+from ranks_cases import forked_together
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppf
@@ -22,7 +21,6 @@ from ppf.checkpoint.report import OWN
 from ppf.deliver.results import choose_for
 from ppf.progress import logged
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -340,15 +338,9 @@ ranks.stop()
 
 def test_two_processes_get_the_answers_of_one(copied, tmp_path):
     """The same calls in all of them: one searches and writes, the other evaluates for it."""
-    script, alone = tmp_path / "script.py", shutil.copytree(copied.path, tmp_path / "alone")
-    script.write_text(_TOGETHER)
-    commands = (
-        [*TORCHRUN, "2", script, copied.path, tmp_path / "two"],
-        [sys.executable, script, alone, tmp_path / "one"],
-    )
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | ONE_THREAD)
-        assert done.returncode == 0, done.stderr[-2000:]
+    alone = shutil.copytree(copied.path, tmp_path / "alone")
+    for processes, run, output in ((2, copied.path, "two"), (1, alone, "one")):
+        forked_together(processes, _TOGETHER, run, tmp_path / output)
     first, second, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two-0", "two-1", "one-0"))
     assert first == second == [2, *one[1:]] and one[0] == 1
     assert report_of(tmp_path / "two")["files"] == report_of(tmp_path / "one")["files"]

@@ -26,7 +26,7 @@ from ppf.choose.budget.costs import Costs, parameters, token_flops, weight_bytes
 from ppf.choose.budget.profile import require_equal_layers, save_profile
 from ppf.choose.budget.projection import Projector
 from ppf.cli.prune import budget_line
-from ppf.deliver.request import Request, answer
+from ppf.deliver.request import Request
 from ppf.deliver.results import choose_for, deliver
 from ppf.errors import InputError, PPFError
 from ppf.fast.permute import identity
@@ -147,7 +147,7 @@ def test_profiles_become_monotone_tables():
 
 
 def test_ratio_budgets_are_the_agents_own(run):
-    found, expected = answer(run, RatioBudget(run.grid, 0.37)), run.policy(0.37)
+    found, expected = run.answer(RatioBudget(run.grid, 0.37)), run.policy(0.37)
     assert replace(found, milliseconds=0) == replace(expected, milliseconds=0)
 
 
@@ -169,7 +169,7 @@ def test_answers_in_every_unit(session, run, kind):
     }[kind]()
     asked = whole * (1.4 if kind == "tokens-per-second" else 0.7)
     budget = Request(**{name: asked}).budget(run)
-    found = answer(run, budget)
+    found = run.answer(budget)
     report = budget.report(found.policy, session.materialize(found.policy))
     assert report["predicted"] == pytest.approx(asked, rel=0.03) and report["requested"] == asked
     assert report["kind"] == kind and report["delivered"] > 0
@@ -189,7 +189,7 @@ def test_answers_in_every_unit(session, run, kind):
 @pytest.mark.parametrize("slower, fine", [(1.0, True), (1.04, True), (1.2, False), (0.8, False)])
 def test_a_result_that_is_off_is_said_aloud(session, run, monkeypatch, slower, fine):
     budget = Request(latency_ms=0.7 * uneven_profile(run.grid).costs(run.grid).range(run.grid)[1]).budget(run)
-    policy = answer(run, budget).policy
+    policy = run.answer(budget).policy
     monkeypatch.setattr("ppf.choose.budget.timed.milliseconds", lambda *_: slower * budget.cost(policy))
     report = budget.report(policy, session.materialize(policy))
     assert report["within_tolerance"] is fine and report["off"] == pytest.approx(slower - 1)

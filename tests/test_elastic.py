@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from factories import model_of, random_ranking
-from test_runtime import GREEDY, prompts, served  # noqa: F401  (the fixture)
+from runtime_cases import GREEDY, prompts, requests_served
 from transformers import GenerationMixin, PreTrainedModel
 
 import ppf
@@ -24,6 +24,11 @@ from ppf.model.policy import Policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY = Policy([2, 0, 1, 3], [64, 8, 0, 40])
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch, one_thread):
+    return requests_served(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def test_starts_dense(model, source):
     assert model.ratio == 0 and close(logits(model, inputs), logits(source, inputs))
 
 
-def test_every_policy_is_the_checkpoint_it_makes(model, run, session, refit, served):  # noqa: F811
+def test_every_policy_is_the_checkpoint_it_makes(model, run, session, refit, served):
     """Logits and generated tokens; back and forth, so that nothing of the policy before is left."""
     inputs = prompts(7, 3)
     other = run.policy(0.4).policy
@@ -140,7 +145,7 @@ def test_a_policy_takes_its_refits_and_nothing_else(model, run, refit):
     assert sum(added.values()) == (sum(columns) * s.hidden * model.dtype.itemsize if refit else 0)
 
 
-def test_what_it_runs_is_what_it_holds(model, served):  # noqa: F811
+def test_what_it_runs_is_what_it_holds(model, served):
     """The runtime's plan of every policy is the one that its modules make."""
     for policy in (POLICY, model._grid.dense(), Policy([1, 2, 0, 0], [8, 0, 16, 64])):
         model.set_policy(policy)
@@ -180,7 +185,7 @@ def test_a_cache_of_another_policy_is_refused(model):
     model(**following)
 
 
-def test_no_switch_during_a_generation(model, served):  # noqa: F811
+def test_no_switch_during_a_generation(model, served):
     class Switch:
         def put(self, value):
             model.set_policy(POLICY)
@@ -260,7 +265,7 @@ def elastic_and_dense(family: str, **changes) -> tuple[PreTrainedModel, Decoder,
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "tie_word_embeddings": True}], ids=["", "changed"])
 @pytest.mark.parametrize("family", [family.model_type for family in families() if family.model_type not in FUSED])
-def test_every_family(family, changes, served):  # noqa: F811
+def test_every_family(family, changes, served):
     """Every policy is the checkpoint it makes, by transformers' path and by the runtime where it serves the family."""
     model, decoder, ranking, grid = elastic_and_dense(family, **changes)
     inputs = prompts(20, 3)
@@ -279,7 +284,7 @@ def test_every_family(family, changes, served):  # noqa: F811
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in shrunk.parameters())
 
 
-def test_a_source_of_uneven_layers(served):  # noqa: F811
+def test_a_source_of_uneven_layers(served):
     """A result of PPF is pruned again: what its layers lack stays absent."""
     decoder = Decoder.of_model(model_of("qwen3").to(DEVICE))
     ranking, grid = random_ranking(decoder.structure), Grid(decoder.structure, 8)
@@ -298,7 +303,7 @@ def test_a_source_of_uneven_layers(served):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_windows_of_some_layers(family, served):  # noqa: F811
+def test_windows_of_some_layers(family, served):
     """Also where the first layer with a window has no attention: transformers takes a text's length from its cache."""
     changes = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
     model, decoder, ranking, grid = elastic_and_dense(family, **changes)

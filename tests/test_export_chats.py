@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 from export_cases import bpe_tokenizer, write_random
-from test_export_gguf import written
+from gguf_cases import written
 
 from ppf.errors import InputError
 

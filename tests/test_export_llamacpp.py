@@ -31,7 +31,7 @@ from export_cases import (
     uneven,
     write_random,
 )
-from test_export_gguf import ARCHITECTURES, BIASED, IGNORING_MERGES, PRE_TOKENIZERS, TIED
+from gguf_cases import ARCHITECTURES, BIASED, IGNORING_MERGES, PRE_TOKENIZERS, TIED
 
 from ppf.checkpoint import load_tokenizer
 from ppf.deliver.export import gguf_weights, open_source, to_gguf

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import fresh
 import pytest
 import torch
 from transformers import AutoConfig
@@ -14,6 +16,7 @@ from ppf.errors import InputError, PPFError
 from ppf.families import ATTENTION, FFN, KINDS, Family
 from ppf.families.traits import traits_of, unserved
 from ppf.fast.sublayers import SERVES, ByReference, Fused
+from ppf.fitting import family_check
 from ppf.fitting.family_check import check, random_model, tiny_config
 from ppf.model.classes import result_classes, stock_classes
 from ppf.model.decoder import Decoder
@@ -22,15 +25,18 @@ from ppf.model.layer import LayerMap
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = families.families()
 BY_TYPE = {family.model_type: family for family in ALL}
+# Two layers, one of each kind where a family has two.
+SMALL = {"num_hidden_layers": 2, "intermediate_size": 5}
 
 
 @pytest.mark.parametrize("family", ALL, ids=list(BY_TYPE))
-def test_removing_any_unit_is_zeroing_it(family):
+def test_removing_any_unit_is_zeroing_it(family, monkeypatch):
     """Masked, materialised, saved and reloaded in a new process, and in generation with a cache."""
-    layers, groups, channels = 3, 3, 10
+    monkeypatch.setattr(family_check, "subprocess", SimpleNamespace(run=fresh.in_its_place))
+    layers, groups, channels = SMALL["num_hidden_layers"], 3, SMALL["intermediate_size"]
     whole = 1 if not family.attention.whole else 0
     expected = layers * (groups * whole + channels) + 2 * layers - 1  # each alone, and whole sub-layers but layer 0's
-    assert check(family) == expected
+    assert check(family, **SMALL) == expected
 
 
 def _shifted(self, order, units):
@@ -48,7 +54,7 @@ def test_a_row_shifted_is_found(monkeypatch, model_type):
     monkeypatch.setattr("test_families.UNSHIFTED", layer.UnitTensor.index)
     monkeypatch.setattr(layer.UnitTensor, "index", _shifted)
     with pytest.raises(PPFError, match="differs from the stock model"):
-        check(BY_TYPE[model_type])
+        check(BY_TYPE[model_type], **SMALL)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
@@ -61,7 +67,7 @@ def test_a_bias_forgotten_is_found(monkeypatch, model_type):
 
     monkeypatch.setattr(LayerMap, "unit_tensors", without_biases)
     with pytest.raises(PPFError, match="bias|size of tensor|differs"):
-        check(BY_TYPE[model_type])
+        check(BY_TYPE[model_type], **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -76,21 +82,21 @@ def test_a_bias_forgotten_is_found(monkeypatch, model_type):
 def test_wrong_declarations_of_attention_are_found(wrong):
     family = replace(BY_TYPE["llama"], attention=replace(ATTENTION, **wrong))
     with pytest.raises(PPFError, match="family llama: .*(differs from the stock model|does not fit transformers)"):
-        check(family)
+        check(family, **SMALL)
 
 
 def test_fused_segments_in_the_wrong_order_are_found():
     family = BY_TYPE["phi3"]
     wrong = replace(family, attention=replace(family.attention, rows={"qkv_proj": ("key", "value", "query")}))
     with pytest.raises(PPFError, match="phi3"):
-        check(wrong)
+        check(wrong, **SMALL)
 
 
 def test_heads_normalised_together_are_not_cut_one_by_one():
     family = BY_TYPE["olmo2"]
     assert family.attention.whole
     with pytest.raises(PPFError, match="olmo2"):
-        check(replace(family, attention=replace(family.attention, whole=False)))
+        check(replace(family, attention=replace(family.attention, whole=False)), **SMALL)
 
 
 def test_a_check_leaves_the_registered_family_as_it_was():
@@ -195,7 +201,8 @@ def test_a_family_that_is_not_there_is_refused_with_the_list():
 
 
 def test_a_family_registered_from_outside():
-    """As docs/families.md does it: a model type that transformers has and PPF does not ship."""
+    """As docs/families.md does it: a model type that transformers has and PPF does not ship; at the size that is
+    checked when nothing is said."""
     family = Family("olmo", "Olmo", attention=ATTENTION, ffn=FFN)
     assert "olmo" not in BY_TYPE
     with families.registered(family):

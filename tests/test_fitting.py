@@ -57,7 +57,7 @@ def test_what_a_fit_leaves(tiny_run):
     run = Run(tiny_run / "run")
     files = set(contents(run.path))
     layers = {f"{kind}/layer-00{index}.safetensors" for kind in ("statistics", "library") for index in range(4)}
-    assert files == layers | {MANIFEST, ROUNDS, "texts.safetensors", "predictor.safetensors", "agent.safetensors"}
+    assert files == layers | {MANIFEST, ROUNDS, *(f"{n}.safetensors" for n in ("texts", "first", "predictor", "agent"))}
     assert run.is_complete and run.settings == SETTINGS and len(run.experience) == 40
     assert run.manifest["seconds"] > 0 and run.manifest["device"] == "cpu"
     assert run.manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
@@ -202,7 +202,7 @@ def test_damaged_weights_leave_nothing_behind(tiny_run, tmp_path, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("evaluations", 0), ("evaluations", 23), ("seed", -1), ("ffn_multiple", 0), ("sequence_length", 0),
+    [("evaluations", 1), ("evaluations", 23), ("seed", -1), ("ffn_multiple", 0), ("sequence_length", 0),
      ("sequence_length", 1), ("calibration_tokens", 0), ("evaluation_tokens", 0), ("evaluations", 30.5), ("seed", True),
      ("ranking", "best")],
 )  # fmt: skip

@@ -236,7 +236,7 @@ def test_mutated_configurations_are_refused_or_work(model_type, policy, tmp_path
     honest = json.loads((tmp_path / "config.json").read_text())
     check_checkpoint(tmp_path)
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed in range(40):
+    for seed in range(24):
         changed = mutated(random.Random(seed), honest)
         (tmp_path / "config.json").write_text(json.dumps(changed))
         start = time.process_time()
@@ -252,5 +252,5 @@ def test_mutated_configurations_are_refused_or_work(model_type, policy, tmp_path
                 load(tmp_path)(torch.randint(3, 60, (1, 10)))
             continue
         assert time.process_time() - start < 1, seed
-    assert 10 < refused < 40
+    assert 6 < refused < 24
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB

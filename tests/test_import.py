@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import fresh
 import pytest
 
 import ppf
@@ -61,7 +62,10 @@ def test_help_shows_commands_in_groups_and_is_quick():
 
 _WITHOUT = """
 import sys
-sys.modules[sys.argv.pop(1)] = None  # as if it were not installed
+missing = sys.argv.pop(1)
+for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+    del sys.modules[name]
+sys.modules[missing] = None  # as if it were not installed
 from ppf.cli import main
 main()
 """
@@ -73,7 +77,7 @@ main()
 def test_lab_tools_say_what_to_install(tiny_run, tmp_path, command, missing):
     options = ["--text", tiny_run / "text.txt", "--output", tmp_path / "out"] if command == "compare" else []
     arguments = [missing, command, tiny_run / "run", *options]
-    done = subprocess.run([sys.executable, "-c", _WITHOUT, *arguments], capture_output=True, text=True)
+    done = fresh.run(_WITHOUT, *arguments)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert missing in done.stderr and "pip install 'ppf[lab]'" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -82,5 +86,5 @@ def test_lab_tools_say_what_to_install(tiny_run, tmp_path, command, missing):
 def test_what_users_use_needs_no_lab_tools(tiny_run, tmp_path):
     """Negative control of the above: the same interpreter prunes."""
     arguments = ["matplotlib", "prune", tiny_run / "run", "--ratio", "0.3", "--output", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "-c", _WITHOUT, *arguments, "--device", "cpu"], capture_output=True)
+    done = fresh.run(_WITHOUT, *arguments, "--device", "cpu")
     assert done.returncode == 0 and (tmp_path / "out" / "ppf.json").exists()

@@ -1,9 +1,8 @@
 """Materialised models compute what masked evaluation said, here and in a new process."""
 
 import json
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from factories import TINY, byte_tokenizer, config_of, llama, llama_config, random_ranking, tokens
@@ -220,8 +219,7 @@ def test_reloaded_in_a_new_process(tmp_path):
     folders = [str(tmp_path / str(index)) for index in range(len(models))]
     for model, folder in zip(models, folders, strict=True):
         save(model, byte_tokenizer(), folder, {})
-    command = [sys.executable, "-c", _RELOAD, json.dumps(IDS.tolist()), *folders]
-    result = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+    result = fresh.run(_RELOAD, json.dumps(IDS.tolist()), *folders)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     for found, case, model, (_, dtype, policy, name) in zip(lines, cases, models, _RELOADED, strict=True):

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import answer, refusal
+from cli_cases import answer, fit_arguments, refusal, rows
 from factories import quick_learning, write_text
 from test_budget import uneven_profile
-from test_cli import fit_arguments, rows
 
 from ppf import checkpoint
 from ppf.checkpoint import load_decoder

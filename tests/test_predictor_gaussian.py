@@ -234,11 +234,27 @@ def test_spread_listens_to_later_rows_except_about_the_most_uncertain():
     assert spread.factors[0] > 1.7 and spread.factors[1] > 1.7 and spread.factors[2] < 1.2
 
 
-def test_spread_takes_no_word_from_a_handful():
-    few = (torch.full((14,), 50.0).double(), torch.full((14,), 0.1).double())
-    many = (torch.full((20,), 50.0).double(), torch.full((20,), 0.1).double())
+def test_spread_of_a_handful_holds_for_one_more():
+    """Of few errors all count everywhere, and the quantile leaves room for the one that is not there yet."""
+    few = (torch.arange(1, 15).double(), torch.full((14,), 0.1).double())
     spread = Spread()
     spread.fit(few, few)
-    assert spread.factors.tolist() == [1.0, 1.0, 1.0]
+    assert spread.factors.tolist() == pytest.approx([14 / 1.645] * 3)  # the largest of 14
+    many = (torch.arange(1, 40).double(), torch.full((39,), 0.1).double())
     spread.fit(many, many)
-    assert sorted(spread.factors.tolist()) == [1.0, 1.0, 4.0]  # all near one anchor; at most fourfold
+    assert spread.factors.tolist() == pytest.approx([36 / 1.645] * 3)
+    spread.fit((few[0][:8], few[1][:8]), (few[0][:8], few[1][:8]))
+    assert spread.factors.min() >= 10  # eight errors do not know where nine tenths are
+
+
+def test_intervals_of_few_measurements_hold():
+    """Nine tenths of unseen random policies, from two dozen measurements."""
+    inside = []
+    for seed in range(3):
+        levels, values = drawn(26, seed)
+        predictor = GaussianProcess(GRID)
+        fit_predictor(predictor, levels, values, seed=seed, steps=400)
+        unseen, truth = drawn(200, seed + 50)
+        found = predictor(unseen)
+        inside.append(((found.mean - truth).abs() <= 1.645 * found.std).double().mean())
+    assert torch.stack(inside).mean() > 0.8

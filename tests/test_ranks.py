@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli_cases import ppf, stored
 from factories import quick_learning, write_checkpoint, write_text
-from ranks_cases import files, quick_together, rows, running, together, wait_until, workers
+from ranks_cases import files, quick_forked_together, quick_together, rows, running, together, wait_until, workers
 
 from ppf import ranks
 from ppf.errors import InputError
@@ -106,7 +106,7 @@ def test_a_search_is_shared_and_the_rest_is_not(folder, one, tmp_path):
         arguments = "prune", run, "--ratio", 0.3, "--search", 8, "--output", tmp_path / f"out-{processes}", "--json"
         with pytest.MonkeyPatch.context() as patch:
             quick_learning(patch)
-            done = ppf(*arguments) if processes == 1 else quick_together(2, *arguments)
+            done = ppf(*arguments) if processes == 1 else quick_forked_together(2, *arguments)
         policies[processes] = json.loads(done.stdout)["policy"], rows(run)
         assert len(rows(run)) == EVALUATIONS + 8
     assert policies[1] == policies[2]
@@ -118,7 +118,7 @@ def test_a_comparison_is_shared(folder, one):
         output = folder / f"comparison-{processes}"
         methods = "--methods", "random:6,uniform-split", "--ratios", 0.3
         arguments = "compare", one, "--text", folder / "other.txt", "--device", "cpu", "--output", output, *methods
-        done = ppf(*arguments) if processes == 1 else quick_together(2, *arguments)
+        done = ppf(*arguments) if processes == 1 else quick_forked_together(2, *arguments)
         assert (done.exit_code if processes == 1 else done.returncode) == 0, done.stderr
         cells = json.loads((output / "comparison.json").read_text())["cells"]
         found.append([(cell["label"], cell["evaluations"], cell["log_perplexity"], cell["policy"]) for cell in cells])

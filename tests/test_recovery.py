@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import TESTS, answer, ppf, refusal
+from checkpoint_cases import edit_report
+from cli_cases import answer, ppf, refusal
 from factories import (
     byte_tokenizer,
     llama,
@@ -23,6 +24,7 @@ from factories import (
     write_checkpoint,
     write_text,
 )
+from fresh import TESTS
 from safetensors.torch import load_file
 
 from ppf import InputError, PPFError, RecoverySettings, Run, Session, Settings, checkpoint, fit, recover
@@ -432,7 +434,7 @@ def test_teachers_that_cannot_teach_are_refused(pruned, text, tmp_path):
     report = json.loads((student / "ppf.json").read_text())
 
     def refused(model: object, value: object = "") -> str:
-        (student / "ppf.json").write_text(json.dumps(report | {"model": model}))
+        edit_report(student, model=model)
         return refusal("recover", student, *arguments, field="teacher", value=value)
 
     assert "is not there" in refused({"path": "/nowhere", "fingerprint": ""}, "/nowhere")

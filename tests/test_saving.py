@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import POLICY, cut, edit_json, flip_bit, refusal, tokens
+from checkpoint_cases import POLICY, cut, edit_report, flip_bit, refusal, tokens
 from factories import TINY
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -76,13 +76,14 @@ def test_flipped_weight_bit_in_a_result_is_found(pruned, tmp_path):
         message = refusal(call, tmp_path / "out")
         assert "model.safetensors" in message and "changed since PPF wrote it" in message and "ppf.json" in message
     (tmp_path / "out" / "model.safetensors").unlink()
-    assert "does not exist" in refusal(verify, tmp_path / "out")
-    edit_json(tmp_path / "out" / "ppf.json", files={})
+    assert "model.safetensors does not exist" in refusal(verify, tmp_path / "out")
+    edit_report(tmp_path / "out", headers={})  # as of an export without safetensors
+    assert "listed in ppf.json, but does not exist" in refusal(verify, tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").write_bytes(b"x")
-    assert "not listed" in refusal(verify, tmp_path / "out")
-    edit_json(tmp_path / "out" / "ppf.json", files=["x"])
+    assert "model.safetensors is not listed" in refusal(verify, tmp_path / "out")
+    edit_report(tmp_path / "out", files=["x"])
     assert "ppf.json" in refusal(verify, tmp_path / "out")
-    edit_json(tmp_path / "out" / "ppf.json", files=...)
+    edit_report(tmp_path / "out", files=..., headers=...)
     assert not verify(tmp_path / "out")
 
 

@@ -71,9 +71,8 @@ def test_a_hub_is_asked_once_and_for_little_and_then_the_cache_serves(repository
         hub.asked.clear()
         assert ask(home, hub.address, "org/tiny@v1.0") == [first] and hub.files == set()
         hub.asked.clear()
-        unknown = ask(home, hub.address, "org/other", HF_HUB_OFFLINE="1")[0]["error"]
-        assert "HF_HUB_OFFLINE" in unknown["problem"] and hub.asked == []
-    assert ask(home, hub.address, "org/tiny@v1.0", HF_HUB_OFFLINE="1") == [first]
+        unknown, known = ask(home, hub.address, "org/other", "org/tiny@v1.0", HF_HUB_OFFLINE="1")
+        assert "HF_HUB_OFFLINE" in unknown["error"]["problem"] and known == first and hub.asked == []
     gone, other = ask(home, hub.address, f"org/tiny@{COMMIT}", "org/other")
     assert gone == first | {"path": f"org/tiny@{COMMIT}"}
     assert "cannot be reached" in other["error"]["problem"] and hub.address in other["error"]["problem"]

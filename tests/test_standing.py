@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from checkpoint_cases import edit_json, edit_report
 from cli_cases import ppf, refusal
 from factories import quick_learning
 
@@ -68,9 +69,10 @@ def test_an_export(pruned, tmp_path):
     first(*command)
     refuse("export", pruned, "--to", "vllm", "--output", tmp_path / "hf")
     other = shutil.copytree(pruned, tmp_path / "other")
-    report = json.loads((other / "ppf.json").read_text())
-    (other / "ppf.json").write_text(json.dumps(report | {"policy_from": "given"}))
+    edit_report(other, policy_from="given")
     refuse("export", other, "--to", "hf", "--output", tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "ppf.json", policy_from="given")  # what says no more what was written
+    refuse(*command)
 
 
 def test_a_recovered_one_also_if_its_state_is_still_there(tiny_run, pruned, tmp_path):

@@ -262,8 +262,10 @@ def test_what_it_does_not_serve_it_says(family, changes, reason):
 
 
 def on_the_kernels(monkeypatch) -> None:
-    """Steppers call the kernels themselves, whatever the device."""
+    """Steppers call the kernels themselves, whatever the device; more rows at once, for the interpreter's sake."""
     from ppf.kernels import grouped, grouped_attention, grouped_rows
+
+    monkeypatch.setitem(grouped_rows.ROWS, "ROWS", 8)
 
     def outputs(y, x, inner, weights, bias, *tables_and_scale):
         *tables, scale = tables_and_scale
@@ -280,16 +282,16 @@ def on_the_kernels(monkeypatch) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the ops are the kernels")
 @pytest.mark.parametrize("name", ["llama, biases", "gemma3"])
 def test_kernels_step_as_the_references(name, monkeypatch):
-    """Under the interpreter: the kernels as the stepper launches them, in company and alone."""
-    decoder = decoder_of(name)
+    """Under the interpreter: the kernels as the stepper launches them, in company and alone. Longer than the window."""
+    decoder, ids = decoder_of(name), tokens(2, 19)
     grid = Grid(decoder.structure, 16)
     stepper = Together(decoder, grid, refitted(grid))
-    expected, _ = run(stepper)
+    expected, _ = run(stepper, ids)
     on_the_kernels(monkeypatch)
-    found, _ = run(stepper)
+    found, _ = run(stepper, ids)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     assert not torch.equal(found, expected)  # they are other sums than torch's
-    assert torch.equal(alone(stepper, paths(grid)[1])[0], found[1])
+    assert torch.equal(alone(stepper, paths(grid)[1], ids)[0], found[1])
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run directly here")

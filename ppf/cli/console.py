@@ -31,6 +31,7 @@ _LABELS = {
     "evaluate": "Measuring policies",
     "learn": "Training predictor and agent",
     "search": "Searching",
+    "reconstruct": "Refitting layers",
     "recover": "Training (tokens)",
     "score": "Scoring tokens",
     "tasks": "Judging by tasks",

@@ -178,10 +178,14 @@ def _table(data: dict[str, Any]) -> Table:
             f"{row['uniform']['held_out']['perplexity']:.2f}",
             f"{ppf['held_out']['perplexity']:.2f}",
             f"{ppf['measured']['perplexity']:.2f}",
-            f"{guess['perplexity']:.2f} ±{guess['perplexity'] * guess['log_perplexity_std']:.2f}",
+            _guessed(guess["perplexity"], guess["log_perplexity_std"]),
             f"{ppf['seconds']:.1f}",
         )
     return table
+
+
+def _guessed(perplexity: float, log_std: float | None) -> str:
+    return f"{perplexity:.2f} " + ("±?" if log_std is None else f"±{perplexity * log_std:.2f}")
 
 
 def _explanation(data: dict[str, Any], text: str | None, output: Path | None) -> str:

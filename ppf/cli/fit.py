@@ -30,6 +30,7 @@ from .options import (
     Wait,
     Weights,
     placement,
+    within,
 )
 
 
@@ -38,7 +39,7 @@ def fit(
     output: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run; an unfinished one is resumed.")],
     text: TextInput | None = None,
     evaluations: Annotated[
-        int, typer.Option(callback=COUNT, help="Policies to measure; more give better policies.")
+        int, typer.Option(callback=within(0, 10**9), help="Policies to measure; more are better, 0 only calibrates.")
     ] = 600,
     device: Device = "auto",
     weights: Weights = "auto",
@@ -122,15 +123,17 @@ def fit(
             return
         if finished:
             warnings.warn(f"ppf: {escaped(output)} holds exactly this already: nothing was fitted", stacklevel=1)
-        prices = portable_prices(Session(run, device, placement=place), progress) if portable else []
-    facts = run_facts(run) | ({"portable": prices} if portable else {})
+        measured = portable and evaluations  # without evaluations nothing is measured, nor are prices
+        prices = portable_prices(Session(run, device, placement=place), progress) if measured else []
+    facts = run_facts(run) | ({"portable": prices} if measured else {})
     following = f"Next: ppf policy {output} --ratio 0.3, or ppf prune {output} --ratio 0.3 --output OUT"
     show(as_json, facts, _told(facts, output, prices), following, timings=timings)
 
 
 def _told(facts: dict[str, Any], output: Path, prices: list[dict[str, Any]]) -> str:
     """What there is now, and of a portable run what that costs."""
-    shown = {"run": output, "evaluations": facts["experience"]["rows"], "seconds": f"{facts['seconds']:.0f}"}
+    rows = facts["experience"]["rows"] or "none: policies come from calibration alone, and no perplexity is predicted"
+    shown = {"run": output, "evaluations": rows, "seconds": f"{facts['seconds']:.0f}"}
     for price in prices:
         shown[f"portable at {price['ratio']:.1%}"] = (
             f"perplexity {price['perplexity']:.2f}; without the restriction {price['unrestricted']:.2f} or less "

@@ -11,6 +11,7 @@ import typer
 
 from .bars import policy_bars
 from .console import lines, show
+from .elastic import elastic_line
 from .options import Json
 from .reports import summary
 
@@ -49,6 +50,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "seconds": run.manifest.get("seconds"),
         "model": run.manifest["model"],
         "from": run.manifest.get("source"),
+        "elastic": run.manifest.get("elastic"),
         "fingerprint": run.manifest["fingerprint"],
         "texts": run.manifest["files"],
         "own_answers": run.manifest.get("own_answers"),
@@ -75,6 +77,8 @@ def _describe_run(facts: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {source}" for source, count in experience["sources"].items())
     top = {name: facts[name] for name in ("path", "state", "model")}
     top |= {name.replace("_", "-"): value for name, value in facts["settings"].items()}
+    if told := facts["elastic"]:
+        top["elastic recovery"] = elastic_line(told)
     top["experience"] = f"{experience['rows']} measured policies ({counts})" if counts else "none yet"
     for entry in experience["best"]:
         top[f"best near {entry['near']:.0%}"] = f"perplexity {entry['perplexity']:.2f} at ratio {entry['ratio']:.4f}"

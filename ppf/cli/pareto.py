@@ -41,9 +41,10 @@ def _table(data: dict) -> Table:
     for header in ("removed", *(f"{a.replace('_', ' ')}, {unit}" for a, unit in data["axes"].items()), "perplexity"):
         table.add_column(header, justify="right")
     for point in data["predicted"]:
-        low, high = point["predicted_range"]
         values = (f"{point[axis]:,.4g}" for axis in data["axes"])
-        table.add_row(
-            f"{point['ratio']:.1%}", *values, f"{point['predicted_perplexity']:.2f} ({low:.2f} to {high:.2f})"
-        )
+        table.add_row(f"{point['ratio']:.1%}", *values, _told(point["predicted_perplexity"], point["predicted_range"]))
     return table
+
+
+def _told(perplexity: float, known: list[float] | None) -> str:
+    return f"{perplexity:.2f} " + ("(uncertainty not known)" if known is None else "({:.2f} to {:.2f})".format(*known))

@@ -13,6 +13,7 @@ from .. import ranks
 from ..storage.locks import for_all, locked_result
 from .bars import policy_bars
 from .console import lines, progress_bars, show
+from .elastic import elastic_line
 from .options import (
     COUNT,
     Context,
@@ -31,7 +32,7 @@ from .options import (
     Weights,
     placement,
 )
-from .policy import predicted
+from .policy import told_prediction, told_source
 from .protocols import protocol_line
 from .tasks import BatchSize, Limit, TaskFolder, TaskNames, opened, tasks_table
 
@@ -60,6 +61,9 @@ def prune(
     portable: Annotated[
         bool, typer.Option("--portable", help="A result that every export accepts; says what that costs.")
     ] = False,
+    refit: Annotated[
+        str, typer.Option(metavar="HOW", help="fast: least squares. thorough: all kept weights; minutes on a GPU.")
+    ] = "fast",
     tasks: TaskNames = None,
     task_folder: TaskFolder = None,
     limit: Limit = None,
@@ -72,10 +76,10 @@ def prune(
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:
-    """Write a pruned checkpoint: the agent's policy, the best of a search, or your own."""
+    """Write a pruned checkpoint: the run's policy, the best of a search, or your own."""
     from ..deliver.api import decide
     from ..deliver.request import Request
-    from ..deliver.results import check_tasks, deliver
+    from ..deliver.results import check_refit, check_tasks, deliver
     from ..fitting.evaluation.shared import led
     from ..fitting.run import Run
     from ..fitting.session import Session
@@ -83,16 +87,17 @@ def prune(
 
     if search is None and not ranks.first():  # there is nothing to share
         return
+    check_refit(refit)
     judged = opened(tasks, task_folder, limit, batch_size)
     session = Session(Run(run), device, placement=placement(weights, gpu_memory_gb))
     request = Request(ratio, memory_gb, flops, latency_ms, tokens_per_second, context)
     together = search is not None
     with progress_bars() as progress, _alone(output, together):
-        ask = partial(_standing, session, request, output, search, portable, force, judged)
+        ask = partial(_standing, session, request, output, search, portable, refit, force, judged)
         report = ranks.from_first(ask) if together else ask()
         if report is None:
             check_tasks(session, judged)
-            chosen = partial(decide, session, request, search, policy, portable, progress)
+            chosen = partial(decide, session, request, search, policy, portable, refit, progress)
             choice = led(session, chosen) if together else chosen()
             report = None if choice is None else deliver(session, choice, output, force, progress, judged)
     if not ranks.first():
@@ -112,8 +117,8 @@ def _alone(output: Path, together: bool) -> AbstractContextManager[None]:
 
 
 def _standing(
-    session: Session, request: Request, output: Path, search: int | None, portable: bool, force: bool,
-    tasks: Tasks | None,
+    session: Session, request: Request, output: Path, search: int | None, portable: bool, refit: str,
+    force: bool, tasks: Tasks | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The report of ``output`` if it is what is asked for, where finding that again would take evaluations; what costs
     none is compared when it is delivered. Raises ``InputError`` for an output that may not be written."""
@@ -123,7 +128,7 @@ def _standing(
     there = not force and report_of(output) is not None
     if there and search is None and not portable:
         return None
-    before = found_before(session, request.budget(session.run), output, search, portable) if there else None
+    before = found_before(session, request.budget(session.run), output, search, portable, refit) if there else None
     found = None if before is None else standing(session, before, output, tasks)
     if found is None:
         check_destination(session.run, output, force)
@@ -154,14 +159,17 @@ def summary(report: dict, output: Path) -> str:
     protocol = measured["protocol"]
     facts = {
         "checkpoint": output,
-        "policy from": report["policy_from"] + (f" ({spent} evaluations)" if spent else ""),
+        "policy from": told_source(report["policy_from"], guess is None) + (f" ({spent} evaluations)" if spent else ""),
         "ratio": f"{report['delivered_ratio']:.4f} delivered" + (f", {requested} requested" * (requested is not None)),
         "parameters": f"{parameters['pruned']:,} of {parameters['dense']:,}, embeddings included",
         "perplexity": f"{measured['perplexity']:.2f} measured, {measured['dtype']} on {measured['device']}",
-        "predicted": predicted(guess["log_perplexity"], guess["log_perplexity_std"]),
+        "refit": report.get("refit"),
+        "predicted": told_prediction(guess),
         "dense": f"{report['dense']['perplexity']:.2f}" if report["dense"] else "not measured",
         "measured on": protocol_line(protocol),
     }
+    if told := report.get("elastic"):
+        facts["elastic recovery"] = elastic_line(told)
     if cost := report.get("portable"):
         free = cost["unrestricted"]["perplexity"]
         facts["portable costs"] = f"{cost['cost']:+.1%} perplexity ({cost['perplexity']:.2f}, else {free:.2f})"

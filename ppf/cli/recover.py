@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import InputError
 from .console import lines, progress_bars, show
 from .options import (
     COUNT,
@@ -39,7 +40,23 @@ def recover(
     tokens: Annotated[
         int, typer.Option(callback=TOKENS, help="Train on so many; a shorter text is read again and again.")
     ] = 5_000_000,
-    method: Annotated[str, typer.Option(help="lora, full, or norms (norm weights and biases only).")] = "lora",
+    method: Annotated[
+        str | None,
+        typer.Option(help="lora (default), full (default with --elastic), or norms (norm weights and biases only)."),
+    ] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Of a run: train all sizes at once; OUT becomes a run with them."),
+    ] = False,
+    smallest_ratio: Annotated[
+        float | None, typer.Option(callback=NUMBER, help="Of --elastic: train ratios from this; 0.1 if left out.")
+    ] = None,
+    largest_ratio: Annotated[
+        float | None, typer.Option(callback=NUMBER, help="Of --elastic: train ratios to this; 0.5 if left out.")
+    ] = None,
+    policies: Annotated[
+        int | None, typer.Option(callback=COUNT, help="Of --elastic: sizes that each step trains; 3 if left out.")
+    ] = None,
     teacher: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The dense model, if not where ppf.json says.")
     ] = None,
@@ -64,24 +81,37 @@ def recover(
     as_json: Json = False,
     timings: Timings = False,
 ) -> None:
-    """Train a pruned checkpoint, taught by the dense model. Interrupt it at will: the same command resumes.
+    """Train a pruned checkpoint, or with --elastic all sizes of a run, taught by the dense model. Interrupt it at will:
+    the same command resumes.
 
     --weights says where the dense model's are. On many GPUs: torchrun --nproc-per-node N -m ppf recover ...
     """
-    from ..deliver.recovery import RecoverySettings
+    from ..deliver.recovery import ElasticSettings, RecoverySettings, recover_elastic
     from ..deliver.recovery import recover as recover_checkpoint
     from ..text import Text
 
-    settings = RecoverySettings(
-        method, tokens, learning_rate, distillation, sequence_length, batch_tokens, micro_tokens, rank, seed
-    )
+    sizes = {"smallest": smallest_ratio, "largest": largest_ratio, "policies": policies}
+    given = {name: value for name, value in ({"method": method} | sizes).items() if value is not None}
+    _require_together(elastic, sizes)
+    settings = (ElasticSettings if elastic else RecoverySettings)(
+        tokens=tokens, learning_rate=learning_rate, distillation=distillation, sequence_length=sequence_length,
+        batch_tokens=batch_tokens, micro_tokens=micro_tokens, rank=rank, seed=seed, **given,
+    )  # fmt: skip
     place = placement(weights, gpu_memory_gb)
     with progress_bars() as progress:
-        report = recover_checkpoint(
+        report = (recover_elastic if elastic else recover_checkpoint)(
             model, Text(text, field, split), output, settings=settings, teacher=teacher, device=device,
             placement=place, force=force, progress=progress,
         )  # fmt: skip
-    show(as_json, {"output": str(output)} | report, summary(report, output), timings=timings)
+    told = elastic_summary(report, output) if elastic else summary(report, output)
+    show(as_json, {"output": str(output)} | report, told, timings=timings)
+
+
+def _require_together(elastic: bool, sizes: dict[str, float | None]) -> None:
+    for name, value in sizes.items():
+        if value is not None and not elastic:
+            field = name if name == "policies" else f"{name}-ratio"
+            raise InputError(field, value, "makes no sense for one size", "Add --elastic and name a run, or drop it")
 
 
 def summary(report: dict[str, Any], output: Path) -> str:
@@ -101,3 +131,23 @@ def summary(report: dict[str, Any], output: Path) -> str:
         "measured on": f"{protocol_line(protocol)}, {measured['dtype']} on {measured['device']}",
     }
     return lines(facts)
+
+
+def elastic_summary(told: dict[str, Any], output: Path) -> str:
+    """What a run says of its elastic recovery, for people."""
+    settings = told["settings"]
+    spent = f"{told['tokens']:,} tokens in {told['steps']:,} steps, {told['seconds']:.0f} s"
+    sizes = f"{settings['smallest']:.0%} to {settings['largest']:.0%} removed, {settings['policies']} sizes a step"
+    facts = {
+        "run": output,
+        "recovered from": told["from"],
+        "method": f"{settings['method']}, {spent}",
+        "trained": sizes,
+        "trained on": f"{Path(told['text']['path']).name}, {told['text']['training_tokens']:,} tokens of it",
+        "teacher": f"{told['teacher']}, {settings['distillation']:.0%} of the loss" if told["teacher"] else "none",
+    }
+    for row in told["held_out"]:
+        facts[f"perplexity {row['ratio']:.0%}"] = f"{row['before']:.2f} before, {row['after']:.2f} after"
+    if told["dense"]:
+        facts["dense"] = f"{told['dense']['perplexity']:.2f}"
+    return lines(facts | {"measured on": protocol_line(told["protocol"])})

@@ -19,7 +19,7 @@ class _Figure(msgspec.Struct):
 
 class _Predicted(msgspec.Struct):
     log_perplexity: _Log
-    log_perplexity_std: _Log
+    log_perplexity_std: _Log | None
 
 
 class _Protocol(msgspec.Struct):
@@ -60,7 +60,7 @@ class Result(msgspec.Struct):
 
     measured: _Measured
     parameters: _Parameters
-    predicted: _Predicted
+    predicted: _Predicted | None
     requested_ratio: Finite | None
     delivered_ratio: Finite
     search_evaluations: Count

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -35,8 +36,8 @@ from ..progress import Progress, logged, silent, tell
 from ..storage.locks import locked_folder, sweep, waiting
 from ..text import Text
 from .portable import choose_portable
-from .request import Request, answer
-from .results import Choice, choose_for, deliver, read_policy
+from .request import Request
+from .results import Choice, check_refit, choose_for, deliver, read_policy
 
 T = TypeVar("T")
 
@@ -58,13 +59,13 @@ class Run(fitted.Run):
         flops: float | None = None, latency_ms: float | None = None, tokens_per_second: float | None = None,
         context: int = 2048,
     ) -> Answer:  # fmt: skip
-        """The agent's policy for a size, with the predictor's opinion of it, in milliseconds; no weights are read.
+        """The run's policy for a size, with the predictor's opinion of it, in milliseconds; no weights are read.
 
         Give exactly one size, as for :meth:`prune`. Raises ``InputError`` for one that the model cannot have, and while
         the fit is unfinished.
         """
         request = Request(ratio, _weights(weights_gb, memory_gb), flops, latency_ms, tokens_per_second, context)
-        return answer(self, request.budget(self))
+        return self.answer(request.budget(self))
 
     def prune(
         self,
@@ -79,23 +80,26 @@ class Run(fitted.Run):
         policy: Policy | Mapping[str, Any] | str | Path | None = None,
         search: int | None = None,
         portable: bool = False,
+        refit: str = "fast",
         device: str | torch.device = "auto",
         placement: Placement | None = None,
         progress: Progress = silent,
         wait: bool = False,
     ) -> Pruned:
-        """The agent's policy for a size, or the best of ``search`` true evaluations, ready to be written or used.
+        """The run's policy for a size, or the best of ``search`` true evaluations, ready to be written or used.
 
         Give exactly one size: ``ratio`` is the share of the decoder's parameters to remove; ``weights_gb`` (on the
         command line ``--memory-gb``; both names serve) 10⁹ bytes of all weights; ``flops`` operations a token that
         attends to ``context`` others; ``latency_ms`` and ``tokens_per_second`` by the run's profile. Or a ``policy``:
-        itself, its dict, or a JSON file with one. ``portable`` asks for one that every export accepts. Raises
+        itself, its dict, or a JSON file with one. ``portable`` asks for one that every export accepts. ``refit``
+        "thorough" trains all kept weights towards the dense model's states, after the least squares of "fast": minutes
+        on a GPU. Raises
         ``InputError`` for what cannot be had, before any weight is read; and for evaluations, which are kept in the
         run, while another process writes there, unless that is to ``wait``.
         """
         session = self.session(device, placement)
         request = Request(ratio, _weights(weights_gb, memory_gb), flops, latency_ms, tokens_per_second, context)
-        work = partial(decide, session, request, search, policy, portable, logged(progress))
+        work = partial(decide, session, request, search, policy, portable, refit, logged(progress))
         with waiting(wait):
             choice = ranks.from_first(work) if search is None else _shared(session, work)
         self.grid.check(choice.policy)
@@ -181,7 +185,8 @@ class Pruned:
 
     @property
     def policy_from(self) -> str:
-        """Who chose it: "agent", "search", "portable", or "given" by the caller."""
+        """Whose it is: "agent", "calibration" or "uniform", whichever :meth:`policy` says; "search", "portable", or
+        "given" by the caller."""
         return self._choice.origin
 
     @cached_property
@@ -192,7 +197,7 @@ class Pruned:
     def materialize(self) -> PreTrainedModel:
         """A new transformers model in memory, in the checkpoint's dtype, each time. It is the caller's own: what
         training makes of it is saved by its own ``save_pretrained``, not by :meth:`save_pretrained` here."""
-        return self._session.materialize(self.policy)
+        return self._session.materialize(self.policy, thorough=self._choice.refit == "thorough")
 
     def save_pretrained(
         self, output: str | Path, *, tasks: Tasks | Sequence[str] | str | None = None, force: bool = False,
@@ -226,12 +231,20 @@ def fit(*args: Any, progress: Progress = silent, **named: Any) -> Run:
 
 def decide(
     session: Session, request: Request, search: int | None, policy: Policy | Mapping[str, Any] | str | Path | None,
-    portable: bool, progress: Progress = silent,
+    portable: bool, refit: str = "fast", progress: Progress = silent,
 ) -> Choice:  # fmt: skip
     """The policy that is asked for: ``policy`` (itself, its dict, or its file), or one of the size in ``request``.
 
     Raises ``InputError`` for what does not go together or cannot be had.
     """
+    check_refit(refit)
+    return replace(_chosen(session, request, search, policy, portable, progress), refit=refit)
+
+
+def _chosen(
+    session: Session, request: Request, search: int | None, policy: Policy | Mapping[str, Any] | str | Path | None,
+    portable: bool, progress: Progress,
+) -> Choice:  # fmt: skip
     if policy is not None:
         for name, value in (*request.given.items(), ("search", search), ("portable", portable or None)):
             if value is not None:

@@ -1,15 +1,12 @@
-"""Requests: from one of the ways to ask for a size to a budget of a run, and to the agent's answer to it."""
+"""Requests: from one of the ways to ask for a size to a budget of a run."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-
-import torch
 
 from ..choose.budget import BUDGETS, Budget
 from ..errors import InputError
-from ..fitting.run import Answer, Run
+from ..fitting.run import Run
 
 
 @dataclass(frozen=True)
@@ -45,21 +42,3 @@ class Request:
             raise InputError(field, value, problem, f"Give exactly one of {names}")
         asked = next(kind for kind in BUDGETS if kind.name in given)
         return asked.of(run, given[asked.name], self.context)
-
-
-def answer(run: Run, budget: Budget) -> Answer:
-    """The agent's policy for ``budget``, with the predictor's opinion of it; of several, the one it likes best.
-
-    Raises ``InputError`` while the fit is unfinished.
-    """
-    run.require_complete()
-    agent, predictor = run.agent, run.predictor  # loading is not the agent's time
-    start = time.perf_counter()
-    with torch.no_grad():
-        levels = budget.candidates(agent)
-    prediction = predictor(levels)
-    best = int(prediction.mean.argmin())
-    milliseconds = 1000 * (time.perf_counter() - start)
-    policy = run.grid.decode(levels[best : best + 1])[0]
-    mean, std = float(prediction.mean[best]), float(prediction.std[best])
-    return Answer(policy, budget.requested_ratio, run.grid.ratio(policy), mean, std, milliseconds)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import checkpoint
 from .._version import versions
-from ..checkpoint.report import standing_report
+from ..checkpoint.report import is_sealed, require_sealed, standing_report
 from ..choose.budget import Budget, RatioBudget
 from ..errors import InputError, PPFError
 from ..fitting.experience import Experience
@@ -27,16 +27,19 @@ from ..model.policy import Policy
 from ..progress import Progress, silent
 from ..storage.files import check_output
 from ..storage.schemas import read_as
-from .request import answer
 from .standing import report_of, stands
+
+REFITS = "fast", "thorough"
+"""Least squares on output projections, from the library; or all kept weights too, by gradient."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy and where it comes from: "agent", "search", "portable", "given" by the user, or "uniform".
+    """A policy and whose it is: "agent", "calibration", "uniform", "search", "portable", or "given" by the user.
 
     ``budget`` is what was asked for, None for a policy given; ``evaluations`` is what a search spent, else 0;
-    ``portable`` is what a portable policy costs.
+    ``portable`` is what a portable policy costs; ``refit`` is how the kept weights are made up for what goes, one of
+    :data:`REFITS`.
     """
 
     policy: Policy
@@ -44,6 +47,7 @@ class Choice:
     budget: Budget | None = None
     evaluations: int = 0
     portable: dict[str, Any] | None = None
+    refit: str = "fast"
 
 
 def choose(
@@ -53,7 +57,7 @@ def choose(
     progress: Progress = silent,
     experience: Experience | None = None,
 ) -> Choice:
-    """The agent's policy for ``ratio``, or the best one that ``search`` true evaluations find; see :func:`choose_for`.
+    """The run's policy for ``ratio``, or the best one that ``search`` true evaluations find; see :func:`choose_for`.
 
     The search learns from ``experience`` and adds to it: the run's own, unless another store is given. Raises
     ``InputError`` for an impossible ratio, an unfinished run, or fewer than one evaluation.
@@ -71,7 +75,8 @@ def choose_for(
     """As :func:`choose`, for a budget in any unit. A search needs one that comes to a ratio."""
     run = session.run
     if search is None:
-        return Choice(answer(run, budget).policy, "agent", budget)
+        found = run.answer(budget)
+        return Choice(found.policy, found.source, budget)
     run.require_complete()
     if search < 1:
         raise InputError("search", search, "finds nothing without evaluations", "Use a whole number, at least 1")
@@ -91,10 +96,12 @@ def choose_for(
 def read_policy(path: str | Path) -> Policy:
     """A policy from a JSON file, as :meth:`Policy.to_dict` writes it, alone or under "policy" as in ``ppf.json``.
 
-    Raises ``InputError`` for anything else.
+    Raises ``InputError`` for anything else, and for a ``ppf.json`` that is not as it was written.
     """
     data = read_as(Any, "policy", path, "Give a JSON file with a policy, or a ppf.json")
     if isinstance(data, dict) and "policy" in data:
+        if is_sealed(data):
+            require_sealed(Path(path), data, 'Give its "policy" in a file of its own, or ppf.json as it was written')
         data = data["policy"]
     try:
         return Policy.from_dict(data)
@@ -132,7 +139,7 @@ def deliver(
     check_tasks(session, tasks)
     return checkpoint.save_stream(
         pruned_config(session.permuted.config, choice.policy),
-        session.pruned_tensors(choice.policy),
+        session.pruned_tensors(choice.policy, choice.refit == "thorough", progress),
         session.permuted.dtype,
         output,
         lambda folder: _report(run, choice, tasks) | _measured(session, choice, folder, progress, tasks),
@@ -160,8 +167,9 @@ def standing(session: Session, choice: Choice, output: str | Path, tasks: Tasks 
 
 
 def found_before(
-    session: Session, budget: Budget | None, output: str | Path, search: int | None, portable: bool
-) -> Choice | None:
+    session: Session, budget: Budget | None, output: str | Path, search: int | None, portable: bool,
+    refit: str = "fast",
+) -> Choice | None:  # fmt: skip
     """The choice that ``output`` says to be, where finding it again would take evaluations: one of a search of so many,
     or a portable one. None if it is not, or its policy is not one that this run has measured."""
     found, run = report_of(output), session.run
@@ -175,7 +183,13 @@ def found_before(
         return None
     if run.experience.lookup(policy) is None:
         return None
-    return Choice(policy, "portable" if portable else "search", budget, search or 0, found.get("portable"))
+    return Choice(policy, "portable" if portable else "search", budget, search or 0, found.get("portable"), refit)
+
+
+def check_refit(refit: str) -> None:
+    """Raise ``InputError`` unless ``refit`` is one of :data:`REFITS`."""
+    if refit not in REFITS:
+        raise InputError("refit", refit, "is not a way to refit", f"Use one of {', '.join(REFITS)}")
 
 
 def check_tasks(session: Session, tasks: Tasks | None) -> None:
@@ -224,14 +238,15 @@ def source_report(model: Path) -> dict[str, Any] | None:
 
 def _report(run: Run, choice: Choice, tasks: Tasks | None) -> dict[str, Any]:
     """What is known about a choice before it is materialised, and what it will be judged by."""
-    prediction, dense = run.predict(choice.policy), run.experience.lookup(run.grid.dense())
+    dense = run.experience.lookup(run.grid.dense())
     return {
         "policy_from": choice.origin,
         "requested_ratio": choice.budget.requested_ratio if choice.budget else None,
         "delivered_ratio": run.grid.ratio(choice.policy),
         "policy": choice.policy.to_dict(),
         "search_evaluations": choice.evaluations,
-        "predicted": _both(float(prediction.mean)) | {"log_perplexity_std": float(prediction.std)},
+        "refit": choice.refit,
+        "predicted": _predicted(run, choice.policy),
         "dense": None if dense is None else _both(dense),
         "model": {
             "path": str(run.model_path),
@@ -245,7 +260,21 @@ def _report(run: Run, choice: Choice, tasks: Tasks | None) -> dict[str, Any]:
         "seed": run.settings.seed,
         "versions": versions(),
         "tasks_asked": None if tasks is None else {name: tasks.asked(name) for name in tasks.found},
-    } | ({} if choice.portable is None else {"portable": choice.portable})
+    } | _further(run, choice)
+
+
+def _further(run: Run, choice: Choice) -> dict[str, Any]:
+    """What only some results have: the price of a portable policy, and the training of a run's weights."""
+    portable = {} if choice.portable is None else {"portable": choice.portable}
+    return portable | ({"elastic": told} if (told := run.manifest.get("elastic")) else {})
+
+
+def _predicted(run: Run, policy: Policy) -> dict[str, float] | None:
+    """None of a run without evaluations; without an uncertainty where that is not known."""
+    if not run.has_predictor:
+        return None
+    found = run.predict(policy)
+    return _both(float(found.mean)) | {"log_perplexity_std": float(found.std) if run.knows_uncertainty else None}
 
 
 def _both(log_perplexity: float) -> dict[str, float]:

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import verify
-from ..checkpoint.headers import REPORT, read_json
-from ..checkpoint.report import OWN
+from ..checkpoint.report import OWN, read_report
 from ..errors import InputError, shown
 from ..storage.locks import tidy
 
 
 def report_of(output: str | Path) -> dict[str, Any] | None:
-    """What the ``ppf.json`` in ``output`` says without its list of files; None if there is none that can be read."""
+    """What the ``ppf.json`` in ``output`` says, but for what tells its own folder; None if there is none that can be
+    believed."""
     try:
-        found = read_json(Path(output) / REPORT)
+        found = read_report(Path(output))
     except (InputError, OSError):
         return None
-    return {name: value for name, value in found.items() if name not in OWN} if isinstance(found, dict) else None
+    return {name: value for name, value in found.items() if name not in OWN} or None
 
 
 def stands(output: str | Path, found: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -58,7 +58,8 @@ def collect(
         before = experience.rows(before_round=index)
         complete = len(experience.rows(before_round=index + 1)) - len(before) >= count
         if index == 0 and not complete:
-            _measure(evaluator, experience, initial_proposals(evaluator.grid, count, seed), 0, evaluations, progress)
+            proposals = initial_proposals(evaluator.grid, count, seed, None if learning is None else learning.first)
+            _measure(evaluator, experience, proposals, 0, evaluations, progress)
         elif index and not (complete and index in journal.rounds):
             device = evaluator.decoder.device
             how = {"effort": _ROUND_EFFORT, "learning": learning, "experts": 0}

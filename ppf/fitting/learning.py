@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..choose import agent as agent_kinds
 from ..choose import predictor as predictor_kinds
+from ..choose.additive import Additive
 from ..choose.agent import Agent, train_agent
 from ..choose.predictor import Predictor, make_predictor
 from ..choose.predictor.training import fit_predictor
@@ -33,11 +34,13 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Learning:
-    """How to learn: the kind of predictor, the way to train the agent, and the library's error energies [S, K]."""
+    """How to learn: the kind of predictor, the way to train the agent, the library's error energies [S, K], and what
+    calibration alone answers."""
 
     predictor: str = predictor_kinds.DEFAULT
     agent: str = agent_kinds.DEFAULT
     energies: Tensor | None = None
+    first: Additive | None = None
 
 
 def learn(
@@ -52,12 +55,20 @@ def learn(
     """A predictor and an agent, trained from scratch on ``rows``; ``effort`` scales their steps, ``experts`` are the
     agent's rounds of expert iteration. The agent's steps follow what there is to learn as well: :func:`agent_steps`."""
     how = learning or Learning()
-    predictor = make_predictor(how.predictor, grid, how.energies).to(device)
+    predictor = learn_predictor(grid, rows, seed, device, effort, how)
     agent = Agent(grid, seed=seed, energies=how.energies).to(device)
-    fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(_PREDICTOR_STEPS * effort))
     steps = agent_steps(grid, len(rows), how.agent, effort)
-    train_agent(agent, predictor.eval(), seed, steps=steps, kind=how.agent, experts=experts)
+    train_agent(agent, predictor, seed, steps=steps, kind=how.agent, experts=experts)
     return Fitted(predictor, agent.eval())
+
+
+def learn_predictor(
+    grid: Grid, rows: Sequence[Evaluation], seed: int, device: torch.device, effort: float, how: Learning
+) -> Predictor:
+    """A predictor trained from scratch on ``rows``."""
+    predictor = make_predictor(how.predictor, grid, how.energies).to(device)
+    fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(_PREDICTOR_STEPS * effort))
+    return predictor.eval()
 
 
 def agent_steps(grid: Grid, rows: int, kind: str, effort: float) -> int:

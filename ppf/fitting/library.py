@@ -76,6 +76,14 @@ class Library:
         for level in wanted:
             yield (level, found[level]) if level in found else next(self._solutions(sublayer, (level,)))
 
+    def regression(self, sublayer: int, level: int) -> Tensor:
+        """What inputs of a sub-layer that leave hand to those that stay, R fp32 [n - width, width]: refits are linear
+        in the dense weight W [hidden, n], W[:, :width] + W[:, width:] @ R, whatever W is by now. Not kept here."""
+        _, factors = self._problem(sublayer)
+        width, n = self._widths[sublayer][level], factors.boundaries[-1]
+        leaving = torch.eye(n, device=self.decoder.device)[width:]
+        return next(solve(leaving, factors, (width,)))[1]
+
     def levels(self, sublayer: int) -> Tensor:
         """The refitted output projections of all levels, [levels, hidden, n], zero past each width. Not kept here."""
         dense, _ = self._problem(sublayer)

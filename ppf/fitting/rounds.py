@@ -18,6 +18,8 @@ from ..storage.sealed import Sealed
 ROUNDS = "rounds.json"
 
 _IN_A_ROW = 2
+# A median error of so many standard uncertainties, where 0.67 are expected, says that these are not what they claim.
+_ASTRAY = 4.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class Journal:
         self.rounds[round_.index] = round_
         if self._files is not None:
             self._files.write_json(ROUNDS, {"rounds": [asdict(self.rounds[index]) for index in sorted(self.rounds)]})
+
+    @property
+    def knows(self) -> bool:
+        """Whether the predictor's uncertainty at the agent's own policies was ever put to the test, and was about right
+        in the last round. These were chosen for what is predicted of them: of their errors random ones say nothing."""
+        if not self.rounds:
+            return False
+        last = self.rounds[max(self.rounds)]
+        return last.gap <= _ASTRAY * last.expected
 
     def settled(self, index: int) -> bool:
         """True if in round ``index`` and the one before the predictor was no further off than it expected to be."""

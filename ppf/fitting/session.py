@@ -17,11 +17,13 @@ from ..model.layer import LayerRanking
 from ..model.policy import Policy
 from ..model.precision import compute_dtype
 from ..model.stream import Host, Placement, Staged, Stream
+from ..progress import Progress, silent
 from ..timings import timed
 from .evaluation import Evaluator
 from .evaluation.shared import evaluator_class
 from .library import Library, library_bytes
-from .materialize import materialize, pruned_tensors
+from .materialize import Teacher, materialize, pruned_tensors
+from .reconstruction import Reconstruction
 from .run import Run
 
 # Factors stay on a GPU if they take no more than this share of what the weights leave; solving them takes more.
@@ -96,26 +98,39 @@ class Session:
         library = self.library.to(dtype) if refit else None
         return made_by(self.permuted.to(dtype), self.run.grid, sequences, library, scored)
 
-    def materialize(self, policy: Policy, refit: bool = True) -> PreTrainedModel:
+    def materialize(
+        self, policy: Policy, refit: bool = True, thorough: bool = False, progress: Progress = silent
+    ) -> PreTrainedModel:
         """The physically smaller model of ``policy``, in the checkpoint's dtype on this session's device.
 
-        Raises ``InputError`` for a policy off the grid.
+        ``refit`` False leaves output projections as they were; ``thorough`` trains all kept weights after the refit, a
+        few layers at a time (:mod:`ppf.fitting.reconstruction`). Raises ``InputError`` for a policy off the grid.
         """
-        model = materialize(*self._materials(policy, refit))
+        model = materialize(*self._materials(policy, refit), self._teacher(policy, thorough, progress))
         if (generation := self.generation_config) is not None:
             model.generation_config = generation
         return model
 
-    def pruned_tensors(self, policy: Policy, refit: bool = True) -> Iterator[tuple[str, Tensor]]:
+    def pruned_tensors(
+        self, policy: Policy, thorough: bool = False, progress: Progress = silent
+    ) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of every weight of :meth:`materialize`'s model, a layer at a time, for those who write it
         somewhere: it never exists as a whole. See :func:`ppf.fitting.materialize.pruned_tensors`."""
-        return pruned_tensors(*self._materials(policy, refit))
+        return pruned_tensors(*self._materials(policy, True), self._teacher(policy, thorough, progress))
 
     def _materials(
         self, policy: Policy, refit: bool
     ) -> tuple[Decoder, list[LayerRanking], Grid, Policy, Library | None]:
         library, ranked = self.library if refit else None, self.permuted
         return ranked, identity(ranked), self.run.grid, policy, library
+
+    def _teacher(self, policy: Policy, thorough: bool, progress: Progress) -> Teacher | None:
+        if not thorough:
+            return None
+        self.run.grid.check(policy)
+        run, part = self.run, "calibration"
+        texts = run.sequences(part), run.scored(part)
+        return Reconstruction(self.permuted, policy, *texts, run.settings.seed, progress).taught
 
     def factor_tensors(self, index: int) -> dict[str, Tensor]:
         """One layer's file of the library, memory-mapped. Raises ``InputError`` if it is damaged."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import checkpoint, ranks
 from .._version import versions
 from ..checkpoint.hashes import hash_folder
-from ..choose.agent import error_energies
+from ..choose.additive import Additive
 from ..errors import InputError
 from ..families import KINDS, family_of
 from ..fast.permute import permute_layer
@@ -35,6 +35,7 @@ from .collection import collect
 from .evaluation.shared import led
 from .experience import Experience
 from .factors import factorise_layer, tensors_of
+from .first import energies_of, first_answer
 from .in_memory import placed
 from .learning import Learning, learn
 from .library import library_bytes
@@ -43,7 +44,7 @@ from .ranking import rank_layer
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
 from .rounds import ROUNDS, Journal
 from .run import Run, Settings
-from .run.directory import AGENT, MODEL, PREDICTOR, TEXTS, layer_file
+from .run.directory import AGENT, FIRST, MODEL, PREDICTOR, TEXTS, layer_file
 from .run.manifest import EXPERIENCE, MANIFEST, in_memory, read_manifest, sealed, write_manifest
 from .run.settings import portable_settings, settings_of
 from .search.exploration import check_evaluations
@@ -120,7 +121,8 @@ def fit(
         if not session.run.is_complete:
             started = time.perf_counter()
             _calibrate(session, progress)
-            led(session, lambda: _conclude(session, started, before, progress))
+            first = first_answer(session)
+            led(session, lambda: _conclude(session, first, started, before, progress))
     return Run(output)
 
 
@@ -289,18 +291,20 @@ def _layer_tensors(statistics: LayerStatistics, ranking: LayerRanking) -> dict[s
     return tensors
 
 
-def _conclude(session: Session, started: float, before: dict[str, float], progress: Progress) -> None:
+def _conclude(
+    session: Session, first: Additive, started: float, before: dict[str, float], progress: Progress
+) -> None:  # fmt: skip
     """All that follows calibration; in the first process, while others evaluate for it."""
-    _learn(session, progress)
-    _finish(session, time.perf_counter() - started, before)
+    if session.run.settings.evaluations:
+        _learn(session, first, progress)
+    finish(session, time.perf_counter() - started, before)
 
 
-def _learn(session: Session, progress: Progress) -> None:
+def _learn(session: Session, first: Additive, progress: Progress) -> None:
     """Collect the experience, then train the predictor and the agent that stay."""
     run, settings = session.run, session.run.settings
     evaluator = session.evaluator()
-    energies = error_energies([evaluator.library.error(s) for s in range(run.grid.sublayers)], run.grid)
-    how = Learning(settings.predictor, settings.agent, energies)
+    how = Learning(settings.predictor, settings.agent, energies_of(session, run.grid), first)
     journal = Journal(run.files)
     collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how, journal, settings.early_stop)
     progress("learn", 0, 1)
@@ -314,7 +318,7 @@ def _learn(session: Session, progress: Progress) -> None:
 
 
 @timed("finishing")
-def _finish(session: Session, took: float, before: dict[str, float]) -> None:
+def finish(session: Session, took: float, before: dict[str, float]) -> None:
     """Mark the run as complete, with the checksums of all that it consists of; it says where the time of this process
     went since ``before``."""
     run = session.run
@@ -330,5 +334,5 @@ def _seals(run: Run) -> dict[str, str]:
     """The checksums of all files of a finished fit, as they stand in them."""
     layers = range(run.structure.layers)
     names = [layer_file(folder, index) for folder in ("statistics", "library") for index in layers]
-    names += [TEXTS, PREDICTOR, AGENT] + ([ROUNDS] if run.files.exists(ROUNDS) else [])
+    names += [TEXTS, *(name for name in (FIRST, PREDICTOR, AGENT, ROUNDS) if run.files.exists(name))]
     return {name: run.files.seal(name) for name in names}

@@ -21,7 +21,7 @@ _POINTS = 27
 
 
 def pareto(run: Run) -> dict[str, Any]:
-    """The agent's policies at ratios from 5 to 70 % with their predicted perplexity, and the best measured ones.
+    """The run's policies at ratios from 5 to 70 % with their predicted perplexity, and the best measured ones.
 
     ``axes`` names every cost with its unit; each point has its value there. Latencies are there if the run has a
     profile. Raises ``InputError`` while the fit is unfinished.
@@ -30,14 +30,14 @@ def pareto(run: Run) -> dict[str, Any]:
     costs = _axes(run)
     low, high = RATIO_RANGE
     ratios = torch.linspace(low, min(high, run.grid.maximum_ratio), _POINTS)
+    levels = run.grid.encode(run.policies(ratios.tolist()))
     with torch.no_grad():
-        levels = run.agent(ratios)
         prediction = run.predictor(levels)
     predicted = [
         point
         | {
             "predicted_perplexity": math.exp(mean),
-            "predicted_range": [math.exp(mean - std), math.exp(mean + std)],
+            "predicted_range": [math.exp(mean - std), math.exp(mean + std)] if run.knows_uncertainty else None,
         }
         for point, mean, std in zip(
             _points(run, levels, costs), prediction.mean.tolist(), prediction.std.tolist(), strict=True
@@ -71,8 +71,8 @@ def pareto_page(data: dict[str, Any]) -> Page:
     """The page of :func:`pareto`: one plot an axis, one table."""
     page = Page("Quality against size", data["model"])
     page.text(
-        f"The agent's policies with the perplexity predicted for them on the run's evaluation split (the band is one "
-        f"standard uncertainty), and the best of {data['measured_policies']:,} measured policies."
+        f"PPF's policies with the perplexity predicted for them on the run's evaluation split (the band is one "
+        f"standard uncertainty, if the run knows it), and the best of {data['measured_policies']:,} measured policies."
     )
     for axis, unit in data["axes"].items():
         with figure(width=7, height=3.6) as (fig, axes):
@@ -85,7 +85,7 @@ def pareto_page(data: dict[str, Any]) -> Page:
         [f"{p['ratio']:.1%}", *(f"{p[axis]:,.4g}" for axis in data["axes"]), f"{p['predicted_perplexity']:.2f}"]
         for p in data["predicted"]
     ]
-    page.table(headers, rows, caption="The agent's policies.")
+    page.table(headers, rows, caption="PPF's policies.")
     return page
 
 
@@ -113,8 +113,9 @@ def _points(run: Run, levels: Tensor, costs: dict[str, Costs]) -> list[dict[str,
 def _draw(axes: Any, data: dict[str, Any], axis: str) -> None:
     agent = sorted(data["predicted"], key=lambda point: point[axis])
     x = [point[axis] for point in agent]
-    bands = list(zip(*(point["predicted_range"] for point in agent), strict=True))
-    line = axes.plot(x, [point["predicted_perplexity"] for point in agent], label="agent, predicted")[0]
-    axes.fill_between(x, *bands, alpha=0.25, color=line.get_color(), lw=0)
+    line = axes.plot(x, [point["predicted_perplexity"] for point in agent], label="PPF, predicted")[0]
+    if all(point["predicted_range"] for point in agent):
+        bands = zip(*(point["predicted_range"] for point in agent), strict=True)
+        axes.fill_between(x, *bands, alpha=0.25, color=line.get_color(), lw=0)
     measured = data["measured"]
     axes.plot([m[axis] for m in measured], [m["perplexity"] for m in measured], "o", label="measured, best")

@@ -33,8 +33,9 @@ _STEPS_SHARE = 1 / 8
 # Covariances of policies with the data that are held at once, fp64 and about five times: what a cache or a GPU holds.
 _ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 _START_NOISE = math.log(1e-2)
-# Below so many measurements both halves are predicted from each other to see how wide the uncertainty must be.
+# Below so many measurements parts of them are predicted from the others to see how wide the uncertainty must be.
 _FEW = 400
+_VERY_FEW, _PARTS = 100, 6
 # More are thinned out at random: the posterior of 10,000 takes 5 GB while it is worked out and, on two CPU cores, half
 # a minute.
 _LARGEST = 10_000
@@ -85,16 +86,18 @@ class GaussianProcess(Predictor):
     def _calibrate_uncertainty(self, levels: Tensor, seed: int, steps: int) -> None:
         """Widen the uncertainty where rows that were kept out show it to be too small.
 
-        Of few rows each half is predicted from the other, parameters included: chosen to suit all rows, they flatter
-        the errors. Of more, the later ones are predicted from the first two fifths, as a search goes, and each row from
-        all others.
+        Of few rows each part is predicted from the others, parameters included: chosen to suit all rows, they flatter
+        the errors. Halves will do, but of very few: half of 24 rows teach so little that even the uncertainty is
+        another one. Of more, the later ones are predicted from the first two fifths, as a search goes, and each row
+        from all others.
         """
         count = len(levels)
         if count < _FEW:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(levels.device)
-            first, second = order.tensor_split(2)
-            halves = [self._trial(levels, *pair, seed, steps) for pair in ((first, second), (second, first))]
-            later = left_out = tuple(torch.cat(part) for part in zip(*halves, strict=True))
+            parts = order.tensor_split(2 if count >= _VERY_FEW else _PARTS)
+            others = [torch.cat([part for part in parts if part is not unseen]) for unseen in parts]
+            trials = [self._trial(levels, *pair, seed, steps) for pair in zip(others, parts, strict=True)]
+            later = left_out = tuple(torch.cat(part) for part in zip(*trials, strict=True))
         else:
             seen, unseen = torch.arange(count, device=levels.device).tensor_split([2 * count // 5])
             later, left_out = self._trial(levels, seen, unseen, seed, steps), self.posterior.left_out()

@@ -4,16 +4,21 @@ A posterior whose parameters suit its own data is too sure of itself, and not ev
 measured, as random policies are, a row left out of the data shows by how much. Close to what a search visited it does
 not: there every row has neighbours, and what is asked for next lies between and beyond them. So there the later rows
 are predicted from the earlier ones, as the search that found them had to.
+
+Quantiles are those of conformal prediction (Vovk et al., 2005): of n errors the ⌈0.9 (n + 1)⌉-th, which a further one
+exceeds in at most a tenth of cases whatever their distribution. Where too few errors are near an anchor, all count.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 # 90 % of a normal distribution lie within so many standard deviations.
 NINETY = 1.645
-_WIDEST = 4.0
+_WIDEST = 30.0
 _SMALLEST_BIN = 15
 
 Trial = tuple[Tensor, Tensor]
@@ -49,9 +54,16 @@ class Spread(nn.Module):
             self.factors[index] = max(1.0, *(self._needed(*trial, index) for trial in trials))
 
     def _needed(self, errors: Tensor, std: Tensor, index: int) -> float:
-        """The factor that the errors nearest to an anchor ask for; 1 if they are too few to say."""
+        """The factor that the errors nearest to an anchor ask for, or if these are too few, that all do."""
         edges = (self.anchors[:-1] * self.anchors[1:]).sqrt()
-        errors = errors[torch.bucketize(std, edges) == index]
-        if len(errors) < _SMALLEST_BIN:
-            return 1.0
-        return min(_WIDEST, float(errors.abs().quantile(0.9)) / NINETY)
+        near = errors[torch.bucketize(std, edges) == index]
+        return _factor(near if len(near) >= _SMALLEST_BIN else errors)
+
+
+def _factor(errors: Tensor) -> float:
+    """What the standard deviations of ``errors`` must be multiplied by so that a further one is within them with 90 %
+    probability."""
+    rank = math.ceil(0.9 * (len(errors) + 1))
+    if rank > len(errors):
+        return _WIDEST
+    return min(_WIDEST, float(errors.abs().kthvalue(rank).values) / NINETY)

@@ -50,8 +50,7 @@ def _elastic(run: Run, device: str | torch.device, dtype: str | torch.dtype, ref
     return model
 
 
-@torch.no_grad()
 def _percents(run: Run) -> dict[float, Policy]:
-    """The agent's policies for all whole percents that the structure can give, in one forward pass."""
+    """The run's policies for all whole percents that the structure can give."""
     ratios = [percent / 100 for percent in range(1, 100) if percent / 100 <= run.grid.maximum_ratio]
-    return dict(zip(ratios, run.grid.decode(run.agent(torch.tensor(ratios))), strict=True))
+    return dict(zip(ratios, run.policies(ratios), strict=True))

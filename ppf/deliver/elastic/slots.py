@@ -52,13 +52,14 @@ class Slot:
         kept = self._names.prefix(self._dense, self.kind, width, output)
         return tuple(kept[name] for name in self._unit_tensors)
 
+    def place(self, there: bool) -> None:
+        """Put the sub-layer into its layer, or take it out."""
+        self._owner.update(self._present if there else self._absent)
+
     def fill(self, tensors: Cut) -> None:
         """Take a cut, in place."""
-        if tensors is None:
-            self._owner.update(self._absent)
-            return
-        self._owner.update(self._present)
-        for parameter, tensor in zip(self._parameters, tensors, strict=True):
+        self.place(tensors is not None)
+        for parameter, tensor in zip(self._parameters if tensors else (), tensors or (), strict=True):
             parameter.data = tensor
 
 

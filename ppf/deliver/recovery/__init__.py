@@ -1,6 +1,7 @@
-"""Recovery training: a pruned checkpoint learns to do with what is left, taught by the dense model it came from."""
+"""Recovery training: a pruned model, or all sizes of a run, learns to do with what is left, taught by the dense one."""
 
+from .elastic import recover_elastic
 from .recover import recover
-from .settings import METHODS, RecoverySettings
+from .settings import METHODS, ElasticSettings, RecoverySettings
 
-__all__ = ["METHODS", "RecoverySettings", "recover"]
+__all__ = ["METHODS", "ElasticSettings", "RecoverySettings", "recover", "recover_elastic"]

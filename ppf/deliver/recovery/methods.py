@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,28 @@ def require_installed(method: str) -> None:
         raise InputError("method", method, "needs the package peft, which is not installed", remedy)
 
 
+class Trainee(Protocol):
+    """What a training trains: ``model`` tells its sizes, ``trained`` are the weights, in fp32, by name."""
+
+    model: PreTrainedModel
+    device: torch.device
+    trained: Mapping[str, torch.nn.Parameter]
+
+    @property
+    def turns(self) -> Sequence[Callable[..., Tensor]]:
+        """Each called as :class:`ppf.deliver.recovery.objective.Root`, with a backward pass of its own; a part's loss
+        is their sum."""
+
+    def begin(self, step: int) -> None:
+        """Said before the parts of a step."""
+
+    def expect(self, last: bool) -> None:
+        """Said before a part, of which ``last`` is the last."""
+
+    def settle(self) -> None:
+        """Said once all parts of a step have left their gradients."""
+
+
 class Student:
     """A pruned model in training. ``root`` computes losses with the weights being trained, by name in ``trained``;
     :meth:`merged` ends it.
@@ -40,7 +62,7 @@ class Student:
             model.float()
         model.requires_grad_(False)
         self._adapter = _add_lora(model, settings) if settings.method == "lora" else None
-        for parameter in _trained(model, settings.method).values():
+        for parameter in trained_parameters(model, settings.method).values():
             parameter.requires_grad_(True)
         self.root = Root(model)
         if shared is None:
@@ -48,7 +70,18 @@ class Student:
         else:
             # Autocast would keep bf16 copies of all that full trains; gathered in bf16, a layer is gone after its turn.
             shard_student(self.root, model, shared, bf16=settings.method == "full" and shared.type == "cuda")
-        self.trained = _trained(model, settings.method)
+        self.trained = trained_parameters(model, settings.method)
+
+    @property
+    def turns(self) -> tuple[Root]:
+        """It has one size."""
+        return (self.root,)
+
+    def begin(self, step: int) -> None:
+        """All steps are alike."""
+
+    def settle(self) -> None:
+        """Gradients are summed by FSDP."""
 
     def expect(self, last: bool) -> None:
         """Say before a part of a batch whether it is the ``last``: gradients are summed over processes after it.
@@ -81,7 +114,7 @@ class Student:
         return model.requires_grad_(False)
 
 
-def _trained(model: PreTrainedModel, method: str) -> dict[str, torch.nn.Parameter]:
+def trained_parameters(model: PreTrainedModel, method: str) -> dict[str, torch.nn.Parameter]:
     """Name → parameter, in the model's order."""
     wanted = {
         "lora": lambda name: ".lora_" in name,

@@ -20,6 +20,7 @@ from ...errors import InputError
 from ...fitting.evaluation.scoring import in_compute_dtype, model_log_perplexity
 from ...fitting.reader import Reader, Reading
 from ...fitting.run import Protocol
+from ...fitting.run.manifest import is_run
 from ...model.stream import Placement
 from ...progress import Progress, logged, silent
 from ...storage.files import check_output, require_space
@@ -65,6 +66,9 @@ def recover(
     writes ``output``, unless that is to ``wait``; and ``PPFError`` if the training diverges.
     """
     settings, placement = settings or RecoverySettings(), placement or Placement()
+    if is_run(Path(pruned)):
+        remedy = "Add --elastic to train all its sizes, or prune it first and recover the result"
+        raise InputError("model", pruned, "is a run, not a checkpoint", remedy)
     pruned = checkpoint.local_folder(pruned)  # in every process: each may have a cache of its own
     if teacher is not None and settings.distillation > 0:
         teacher = checkpoint.local_folder(teacher)
@@ -128,7 +132,7 @@ def _check(
         "checkpoint": checkpoint.fingerprint(pruned),
         "text": reading.sha256 if reading.read_as is None else reading.read_as | {"sha256": reading.sha256},
         "teacher": None if folder is None else checkpoint.fingerprint(folder),
-        "settings": _deciding(settings),
+        "settings": deciding(settings),
         "device": target.type,
     }
     if there is not None:
@@ -148,7 +152,7 @@ def _recovered(output: Path) -> dict[str, Any] | None:
     return found if isinstance(recovery, dict) and isinstance(recovery.get("question"), dict) else None
 
 
-def _deciding(settings: RecoverySettings) -> dict[str, Any]:
+def deciding(settings: RecoverySettings) -> dict[str, Any]:
     """What the result depends on: any number of tokens at once gives the same but for rounding."""
     return {name: value for name, value in settings.to_dict().items() if name != "micro_tokens"}
 
@@ -185,7 +189,7 @@ def _train(
     training = Training(student, corpus, job.settings, job.unfinished)
     teacher = None if job.teacher is None else load_teacher(job.teacher, job.device, placement)
     with timed("scoring"):
-        dense = None if teacher is None else _measured(teacher.log_perplexity(corpus.held_out, progress), teacher)
+        dense = None if teacher is None else measured_by(teacher.log_perplexity(corpus.held_out, progress), teacher)
     ranks.from_first(lambda: _make_room(job, student))
     started = time.perf_counter()
     losses = training.run(teacher, progress)
@@ -213,10 +217,10 @@ def _make_room(job: _Job, student: Student) -> None:
 def _measure(model: PreTrainedModel, corpus: Corpus, progress: Progress) -> dict[str, Any]:
     """Perplexity on the part of the text that is not trained on."""
     scored = in_compute_dtype(model)
-    return _measured(model_log_perplexity(scored, corpus.held_out, progress), scored)
+    return measured_by(model_log_perplexity(scored, corpus.held_out, progress), scored)
 
 
-def _measured(value: float, model: PreTrainedModel | Teacher) -> dict[str, Any]:
+def measured_by(value: float, model: PreTrainedModel | Teacher) -> dict[str, Any]:
     return {
         "log_perplexity": value,
         "perplexity": math.exp(value),
@@ -242,7 +246,7 @@ def _report(
         "steps": settings.steps,
         "tokens": settings.steps * settings.batch * settings.sequence_length,
         "before": before,
-        "loss": _ends(losses),
+        "loss": ends(losses),
         "seconds": seconds,
         "pruned": {name: job.report.get(name) for name in _OF_THE_PRUNED},
         "earlier": job.report.get("recovery"),
@@ -252,7 +256,7 @@ def _report(
     return kept | {"measured": after | {"protocol": protocol}, "predicted": None, "dense": dense, "recovery": recovery}
 
 
-def _ends(losses: list[float]) -> dict[str, float]:
+def ends(losses: list[float]) -> dict[str, float]:
     """Mean loss of the first and of the last twentieth of the steps, in nats a token."""
     count = max(1, len(losses) // 20)
     return {"first": sum(losses[:count]) / count, "last": sum(losses[-count:]) / count}

@@ -80,6 +80,28 @@ class RecoverySettings:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ElasticSettings(RecoverySettings):
+    """Settings of ``ppf recover --elastic``: each step trains ``policies`` of the agent's, those that remove the shares
+    ``smallest`` and ``largest`` of the decoder's parameters and others between."""
+
+    method: str = "full"
+    smallest: float = 0.1
+    largest: float = 0.5
+    policies: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("smallest", "largest"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise InputError(f"{name}-ratio", value, "is not a share of the parameters", "Use one from 0 to 1")
+        if self.smallest >= self.largest:
+            remedy = f"Use less than --largest-ratio {self.largest}"
+            raise InputError("smallest-ratio", self.smallest, "leaves no sizes to train", remedy)
+        _check_whole("policies", self.policies, 2, "a step trains the largest and the smallest model at least")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -69,7 +69,7 @@ def whole(tensor: Tensor) -> Tensor:
 def put(target: Tensor, value: Tensor | None) -> None:
     """Copy the first process's ``value``, which must be whole, into ``target``, which may be a share."""
     if not isinstance(target, DTensor):
-        target.data.copy_(value)
+        target.data.copy_(ranks.broadcast(value if ranks.world() == 1 or value is None else value.cpu()))
         return
     local = target.detach().to_local()
     full = value.to(local) if ranks.first() else local.new_empty(target.shape)

@@ -18,7 +18,7 @@ from ...errors import PPFError
 from ...progress import Progress
 from ...timings import timed
 from .corpus import Corpus
-from .methods import Student
+from .methods import Trainee
 from .objective import Objective
 from .parts import Micro, Part, parts_of
 from .settings import RecoverySettings
@@ -42,7 +42,7 @@ class Training:
     What it needs between steps is allocated at once, AdamW's moments too, so that what is left is for the teacher.
     """
 
-    def __init__(self, student: Student, corpus: Corpus, settings: RecoverySettings, unfinished: Unfinished):
+    def __init__(self, student: Trainee, corpus: Corpus, settings: RecoverySettings, unfinished: Unfinished):
         self.student, self.corpus, self.settings, self.unfinished = student, corpus, settings, unfinished
         self.device = student.device
         self.optimizer = _adamw(list(student.trained.values()), self.device)
@@ -75,10 +75,12 @@ class Training:
         """One step of the optimizer."""
         settings = self.settings
         batch = self.corpus.batch(self.step, settings.batch, settings.seed)
+        self.student.begin(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(self.step, settings.steps)
         while (loss := self._try(batch)) is None:
             self.micro.halve()
+        self.student.settle()
         self.losses[self.step] = total(loss)
         torch.nn.utils.clip_grad_norm_(self.student.trained.values(), _LARGEST_NORM)
         self.optimizer.step()
@@ -100,12 +102,14 @@ class Training:
         loss, lessons = torch.zeros((), device=self.device), self._lessons([tokens for tokens, _ in parts])
         for number, (tokens, counts) in enumerate(parts, 1):
             self.student.expect(last=number == len(parts))
-            # On a CPU everything is fp32.
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-                part = self.student.root(self.objective, tokens, next(lessons)) / predicted
-            (part if counts else 0 * part).backward()
-            if counts:
-                loss += part.detach()
+            taught = next(lessons)
+            for turn in self.student.turns:
+                # On a CPU everything is fp32.
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                    part = turn(self.objective, tokens, taught) / predicted
+                (part if counts else 0 * part).backward()
+                if counts:
+                    loss += part.detach()
         return loss
 
     def _lessons(self, parts: list[Tensor]) -> Iterator[Tensor | None]:

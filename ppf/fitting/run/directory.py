@@ -4,10 +4,11 @@ RUN/run.json                 model, fingerprint, structure, settings, texts, sta
 RUN/texts.safetensors        token sequences of calibration and evaluation
 RUN/statistics/layer-000…    calibration statistics and ranking of each layer
 RUN/library/layer-000…       refitted o and down of each level
+RUN/first.safetensors        what every level loses, by calibration alone
 RUN/experience.sqlite        measured policies
-RUN/model                    the dense model, if it was fitted from memory
+RUN/model                    the dense model, if it was fitted from memory, or trained for all sizes
 RUN/rounds.json              how far the predictor was off at the agent's own policies, round by round
-RUN/predictor.safetensors, RUN/agent.safetensors
+RUN/predictor.safetensors, RUN/agent.safetensors; not there after a fit without evaluations
 
 Every file is sealed (:mod:`ppf.storage.sealed`), and every row of the experience has a checksum; RUN/model has them in
 run.json. What is read is checked first, against these and for values that no fit writes.
@@ -16,7 +17,7 @@ run.json. What is read is checked first, against these and for values that no fi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import fingerprint, recall
+from ...choose.additive import Additive
 from ...choose.agent import Agent
-from ...choose.budget.projection import check_ratio
+from ...choose.answers import Answers
+from ...choose.budget import Budget, RatioBudget
 from ...choose.predictor import Prediction, Predictor, make_predictor
 from ...choose.predictor.gaussian import GaussianProcess
 from ...errors import InputError
@@ -37,12 +40,13 @@ from ...model.policy import Policy
 from ...model.structure import Structure
 from ..calibration import LayerStatistics, Moments
 from ..experience import Experience
+from ..rounds import Journal
 from . import values
 from .manifest import EXPERIENCE, in_memory, read_manifest, sealed
 from .settings import Settings
 
 MODEL, TEXTS = "model", "texts.safetensors"
-PREDICTOR, AGENT = "predictor.safetensors", "agent.safetensors"
+FIRST, PREDICTOR, AGENT = "first.safetensors", "predictor.safetensors", "agent.safetensors"
 _Module = TypeVar("_Module", bound=nn.Module)
 # Files whose values were looked at in this process, with their seals.
 _judged: set[tuple[str, str]] = set()
@@ -50,15 +54,21 @@ _judged: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Answer:
-    """The agent's answer to a request; ``requested_ratio`` is None if that was in another unit. ``milliseconds`` is the
-    agent's time, projection included."""
+    """A run's answer to a request; ``requested_ratio`` is None if that was in another unit.
+
+    ``source`` says whose policy it is: the "agent"'s, that of "calibration" alone, or the "uniform" one, whichever the
+    predictor prefers. Of a run without evaluations nothing is predicted: then both figures, in nats, are None; and the
+    standard uncertainty is None if the run cannot know it (:attr:`Run.knows_uncertainty`).
+    ``milliseconds`` is what it took, projection and predictor included.
+    """
 
     policy: Policy
     requested_ratio: float | None
     delivered_ratio: float
-    predicted_log_perplexity: float
-    predicted_std: float
+    predicted_log_perplexity: float | None
+    predicted_std: float | None
     milliseconds: float
+    source: str = "agent"
 
 
 class Run:
@@ -100,6 +110,8 @@ class Run:
 
     @cached_property
     def predictor(self) -> Predictor:
+        """Raises ``InputError`` for a run without evaluations, which has none."""
+        self._require_evaluations("predictor")
         found = self._loaded(make_predictor(self.settings.predictor, self.grid), PREDICTOR)
         if isinstance(found, GaussianProcess) and (
             problem := values.require_data(found.levels, found.targets, self.grid)
@@ -109,24 +121,64 @@ class Run:
 
     @cached_property
     def agent(self) -> Agent:
+        """Raises ``InputError`` for a run without evaluations, which has none."""
+        self._require_evaluations("agent")
         return self._loaded(Agent(self.grid), AGENT)
 
+    @cached_property
+    def first(self) -> Additive | None:
+        """What calibration alone knows; None in runs that were fitted before PPF kept it."""
+        return self.read_first() if self.files.exists(FIRST) else None
+
+    def read_first(self) -> Additive:
+        """The same, of a run that must have it."""
+        found = self._loaded(Additive(self.grid), FIRST)
+        if found.damage.min() < 0:
+            raise self.files.damaged(FIRST, "holds negative damage")
+        return found
+
+    @cached_property
+    def _answers(self) -> Answers:
+        learnt = (self.agent, self.predictor) if self.has_predictor else (None, None)
+        return Answers(self.grid, *learnt, self.first, self.knows_uncertainty)
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether there were evaluations to learn a predictor and an agent from."""
+        return self.settings.evaluations > 0
+
+    @cached_property
+    def knows_uncertainty(self) -> bool:
+        """Whether standard uncertainties of what is predicted can be told: a fit of fewer than 32 evaluations never
+        compares what it predicts of its agent's policies with what they have."""
+        return self.has_predictor and Journal(self.files).knows
+
     def policy(self, ratio: float) -> Answer:
-        """The agent's policy for any ratio, with the predictor's opinion of it.
+        """The run's policy for any ratio, with the predictor's opinion of it; see :meth:`answer`.
 
         Raises ``InputError`` for a ratio that is no share or beyond the structure, or while the fit is unfinished.
         """
-        check_ratio(ratio, self.grid)
+        return self.answer(RatioBudget(self.grid, ratio))
+
+    def answer(self, budget: Budget) -> Answer:
+        """The run's policy for a budget: of the agent's, calibration's and the uniform one the most promising by the
+        predictor (:mod:`ppf.choose.answers`). Raises ``InputError`` while the fit is unfinished."""
         self.require_complete()
-        agent, predictor = self.agent, self.predictor  # loading is not the agent's time
+        answers = self._answers  # loading is not the answer's time
         start = time.perf_counter()
-        levels = agent(torch.tensor([float(ratio)], dtype=torch.float64))
+        offer = answers(budget)
         milliseconds = 1000 * (time.perf_counter() - start)
-        prediction = self._sound(predictor(levels))
-        policy = self.grid.decode(levels)[0]
-        return Answer(
-            policy, ratio, self.grid.ratio(policy), float(prediction.mean), float(prediction.std), milliseconds
-        )
+        policy, mean, std = self.grid.decode(offer.levels)[0], None, None
+        if self.has_predictor:
+            found = self.predict(policy)  # alone: among others its last digits would be different ones
+            mean, std = float(found.mean), float(found.std) if self.knows_uncertainty else None
+        ratio = self.grid.ratio(policy)
+        return Answer(policy, budget.requested_ratio, ratio, mean, std, milliseconds, offer.source)
+
+    def policies(self, ratios: Sequence[float]) -> list[Policy]:
+        """The policies of :meth:`policy` for several ratios that can be had, at once."""
+        self.require_complete()
+        return self.grid.decode(self._answers.at(torch.tensor(ratios, dtype=torch.float64)))
 
     def predict(self, policy: Policy) -> Prediction:
         """The predictor's log-perplexity [1] for any policy on the grid."""
@@ -184,6 +236,11 @@ class Run:
         if not self.is_complete:
             remedy = "Start the same `ppf fit` command again: it goes on where it stopped"
             raise InputError("run", self.path, "its fit is not finished", remedy)
+
+    def _require_evaluations(self, what: str) -> None:
+        if not self.has_predictor:
+            problem = f"was fitted without evaluations, and has no {what}: its policies come from calibration alone"
+            raise InputError("run", self.path, problem, "Fit a new run with --evaluations 24 or more")
 
     def checked(self, name: str, judge: Callable[[dict[str, Tensor]], str | None]) -> dict[str, Tensor]:
         """The tensors of one file of this run. Raises ``InputError`` naming the file if it is missing, may not be read

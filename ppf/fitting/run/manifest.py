@@ -43,7 +43,7 @@ class _Texts(Struct):
 class _Rows(Struct):
     """How much the experience held, and the checksum of its last row."""
 
-    rows: _Positive
+    rows: _Count
     checksum: str
 
 
@@ -67,6 +67,7 @@ class _Manifest(Struct):
     timings: dict[str, float] = {}
     seals: dict[str, str] = {}
     experience: _Rows | None = None
+    elastic: dict[str, Any] | None = None
 
 
 def sealed(run: Path, manifest: dict[str, Any]) -> Sealed:
@@ -86,8 +87,8 @@ def is_run(folder: Path) -> bool:
 
 
 def in_memory(manifest: dict[str, Any]) -> bool:
-    """Whether the run holds its dense model itself: it was fitted on one in memory."""
-    return (manifest.get("source") or {}).get("kind") == "memory"
+    """Whether the run holds its dense model itself: it was fitted on one in memory, or trained it."""
+    return (manifest.get("source") or {}).get("kind") in ("memory", "recovered")
 
 
 def write_manifest(run: Path, manifest: dict[str, Any]) -> None:

@@ -16,7 +16,10 @@ from ..ranking import check_ranking
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``ppf fit``; all counts in tokens or evaluations."""
+    """Settings of ``ppf fit``; all counts in tokens or evaluations.
+
+    With 0 ``evaluations`` there is calibration alone, and policies come from error energies (:mod:`ppf.fitting.first`).
+    """
 
     evaluations: int = 600
     seed: int = 0
@@ -36,7 +39,6 @@ class Settings:
         predictor_kinds.predictor_named(self.predictor)
         agent_kinds.trainer_named(self.agent)
         smallest = {
-            "evaluations": (MINIMUM_EVALUATIONS, "the predictor cannot learn from fewer"),
             "seed": (0, "seeds are not negative"),
             "ffn_multiple": (1, "widths are whole channels"),
             "sequence_length": (2, "a shorter sequence predicts no token"),
@@ -44,11 +46,17 @@ class Settings:
             "evaluation_tokens": (1, "there must be something to evaluate on"),
         }
         for name, (least, why) in smallest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(name.replace("_", "-"), value, why, f"Use a whole number, at least {least}")
-            if value > _MOST:
-                raise InputError(name.replace("_", "-"), value, "is more than anything counts to", f"At most {_MOST}")
+            self._check_count(name, least, why, f"Use a whole number, at least {least}")
+        remedy = f"Use a whole number, at least {MINIMUM_EVALUATIONS}, or 0 for calibration alone"
+        least = 0 if self.evaluations == 0 else MINIMUM_EVALUATIONS
+        self._check_count("evaluations", least, "the predictor cannot learn from fewer", remedy)
+
+    def _check_count(self, name: str, least: int, why: str, remedy: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(name.replace("_", "-"), value, why, remedy)
+        if value > _MOST:
+            raise InputError(name.replace("_", "-"), value, "is more than anything counts to", f"At most {_MOST}")
 
     def _check_types(self) -> None:
         for name, kind, said in (

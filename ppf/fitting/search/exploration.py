@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from ...choose.additive import Additive
 from ...choose.agent import Agent
 from ...choose.candidates.breeding import Effort, breed, cautious, move
 from ...choose.candidates.sampling import RATIO_RANGE, random_levels, random_ratios, uniform_policy
@@ -39,12 +40,18 @@ def check_evaluations(evaluations: int, grid: Grid) -> None:
         raise InputError("evaluations", evaluations, f"is too much for a model with {policies} policies", remedy)
 
 
-def initial_proposals(grid: Grid, count: int, seed: int) -> list[tuple[Policy, str]]:
-    """``count`` distinct policies with their source: the dense and five uniform ones, the rest random."""
+def initial_proposals(
+    grid: Grid, count: int, seed: int, first: Additive | None = None
+) -> list[tuple[Policy, str]]:  # fmt: skip
+    """``count`` distinct policies with their source: the dense and five uniform ones, five of the ``first`` answer if
+    there is one, the rest random."""
     generator = torch.Generator().manual_seed(seed)
     ratios = [r for r in (0.1, 0.2, 0.3, 0.4, 0.5) if r <= grid.maximum_ratio]
     proposals = {grid.dense(): "dense"}
     proposals |= {uniform_policy(grid, ratio): "uniform" for ratio in ratios}
+    if first is not None and ratios:
+        for policy in grid.decode(first(torch.tensor(ratios, dtype=torch.float64))):
+            proposals.setdefault(policy, "calibration")
     for _ in range(_PATIENCE):
         if len(proposals) >= count:
             break
