@@ -12,6 +12,7 @@ from ppf.choose.agent import Agent
 from ppf.choose.answers import Answers
 from ppf.choose.budget import RatioBudget
 from ppf.choose.candidates.sampling import uniform_policy
+from ppf.choose.measured import Measured
 from ppf.choose.predictor.base import Prediction
 from ppf.errors import InputError
 from ppf.fitting.curvature import Curvatures, curvatures
@@ -174,3 +175,28 @@ def test_the_most_promising_offer_wins_with_its_uncertainty(opinions, winner):
     told = answers.predictor.told
     untried = Answers(GRID, agent, _Opinion(told), first, trusted=False)(RatioBudget(GRID, 0.3))
     assert untried.source == ("uniform" if winner == "uniform" else "calibration")
+
+
+def test_what_was_measured_near_a_budget_is_moved_onto_it():
+    """An agent that has learnt nothing is beaten by a good policy that was measured a little beside the budget."""
+    agent, first = Agent(GRID, seed=3), Additive(GRID, drawn_damage(GRID))
+    good = GRID.encode([GRID.decode(first(torch.tensor([0.31], dtype=torch.float64)))[0]])
+    far = GRID.encode([uniform_policy(GRID, 0.6)])
+    measured = Measured(GRID, torch.cat((far, good)), torch.tensor([1.0, 3.0], dtype=torch.float64))
+
+    class Near(torch.nn.Module):
+        """Predicts the distance from ``good``."""
+
+        def forward(self, levels):
+            off = (levels - good).abs().sum(1).double()
+            return Prediction(off, torch.zeros_like(off))
+
+    answers = Answers(GRID, agent, Near(), None, measured=measured)
+    asked = RatioBudget(GRID, 0.3)
+    found = answers(asked)
+    assert found.source == "measured" and asked.is_met(GRID.ratio(GRID.decode(found.levels)[0]))
+    several = torch.tensor([0.3, 0.5, 0.1], dtype=torch.float64)  # nothing was measured near the last two
+    expected = torch.cat([answers(RatioBudget(GRID, float(ratio))).levels for ratio in several])
+    assert torch.equal(answers.at(several), expected)
+    assert answers(RatioBudget(GRID, 0.1)).source in ("agent", "uniform")
+    assert torch.equal(answers.at(several[1:]), expected[1:])

@@ -1,4 +1,4 @@
-"""A budget's policy: the most promising of what the agent says, what calibration says, and the uniform one.
+"""A budget's policy: the most promising of what the agent and calibration say, what was measured, and the uniform one.
 
 An agent learns from the predictor, and of few measurements that is wrong where the agent goes: its answer can then be
 worse than those that nobody had to learn. So each is predicted, and a policy counts for what it may well be, not for
@@ -20,29 +20,31 @@ from .additive import Additive
 from .agent import Agent
 from .budget import Budget
 from .budget.projection import projector_of
+from .measured import Measured
 from .predictor import Predictor
 
 _CAUTION = 1.0
 
 
 class Offer(NamedTuple):
-    """Levels int64 [1, S] and whose they are: "agent", "calibration" or "uniform"."""
+    """Levels int64 [1, S] and whose they are: "agent", "calibration", "measured" or "uniform"."""
 
     levels: Tensor
     source: str
 
 
 class Answers:
-    """What a run can say of budgets: by ``agent`` and ``predictor``, which go together, and by ``first``; the last
-    alone where nothing was measured. The agent is left out unless it is ``trusted``, if there is ``first`` to ask.
-    Raises ``ValueError`` without anybody."""
+    """What a run can say of budgets: by ``agent`` and ``predictor``, which go together, by what was ``measured``, and
+    by ``first``; the last alone where nothing was. The agent is left out unless it is ``trusted``, if there is
+    ``first`` to ask. Raises ``ValueError`` without anybody."""
 
     def __init__(
-        self, grid: Grid, agent: Agent | None, predictor: Predictor | None, first: Additive | None, trusted: bool = True
+        self, grid: Grid, agent: Agent | None, predictor: Predictor | None, first: Additive | None,
+        trusted: bool = True, measured: Measured | None = None,
     ):  # fmt: skip
         if (agent is None or predictor is None) and first is None:
             raise ValueError("there is nobody to ask")
-        self.grid, self.predictor, self.first = grid, predictor, first
+        self.grid, self.predictor, self.first, self.measured = grid, predictor, first, measured
         self.agent = agent if trusted or first is None else None
 
     @torch.no_grad()
@@ -53,6 +55,11 @@ class Answers:
         if self.predictor is not None:
             kept = torch.full((1, self.grid.sublayers), budget.kept)
             offers["uniform"] = budget.moved(kept.clamp(0, 1))
+        if self.measured is not None:
+            # In units that come to no ratio the share that may stay is about that of parameters.
+            ratio = 1 - budget.kept if budget.comes_to is None else budget.comes_to
+            if len(near := self.measured.near(ratio)):
+                offers["measured"] = budget.moved(near)
         sources = [name for name, levels in offers.items() for _ in range(len(levels))]
         levels = torch.cat(list(offers.values()))
         best = int(self._judged(levels).argmin())
@@ -66,8 +73,24 @@ class Answers:
             kept = (1 - ratio).float()[:, None].expand(-1, self.grid.sublayers)
             offers.append(projector_of(self.grid, ratio.device).nearest(kept, ratio))
         levels = torch.stack(offers, 1)
+        if self.measured is not None:
+            levels = torch.cat((levels, *self._moved(ratio, levels[:, -1])), 1)
         score = self._judged(levels.flatten(0, 1)).view(levels.shape[:2])
         return levels[torch.arange(len(levels)), score.argmin(1)]
+
+    def _moved(self, ratio: Tensor, filler: Tensor) -> list[Tensor]:
+        """The best measured policies near each ratio, moved onto it, int64 [R, B, S], where there are any at all;
+        ``filler`` [R, S] stands where a ratio has fewer."""
+        found = [self.measured.near(float(value)) for value in ratio]
+        counts = [len(part) for part in found]
+        if not any(counts):
+            return []
+        wanted = ratio.repeat_interleave(torch.tensor(counts))
+        moved = projector_of(self.grid, ratio.device).nearest(torch.cat(found), wanted)
+        filled = filler[:, None].repeat(1, max(counts), 1)
+        for row, part in enumerate(moved.split(counts)):
+            filled[row, : len(part)] = part
+        return [filled]
 
     def _judged(self, levels: Tensor) -> Tensor:
         """What is minimised, [P]."""

@@ -185,8 +185,8 @@ class Pruned:
 
     @property
     def policy_from(self) -> str:
-        """Whose it is: "agent", "calibration" or "uniform", whichever :meth:`policy` says; "search", "portable", or
-        "given" by the caller."""
+        """Whose it is: "agent", "calibration", "measured" or "uniform", whichever :meth:`policy` says; "search",
+        "portable", or "given" by the caller."""
         return self._choice.origin
 
     @cached_property

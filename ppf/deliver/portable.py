@@ -14,8 +14,8 @@ from ..choose.candidates.breeding import breed, cautious
 from ..choose.candidates.sampling import random_levels
 from ..errors import InputError
 from ..fitting.evaluation.measurement import measure_many
+from ..fitting.experience import SEARCH_ROUND
 from ..fitting.run import Run
-from ..fitting.search import SEARCH_ROUND
 from ..fitting.session import Session
 from ..model.grid import Grid, portable_multiple
 from ..model.policy import Policy

@@ -35,7 +35,7 @@ REFITS = "fast", "thorough"
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy and whose it is: "agent", "calibration", "uniform", "search", "portable", or "given" by the user.
+    """A policy and whose it is: "agent", "calibration", "measured", "uniform", "search", "portable", or "given".
 
     ``budget`` is what was asked for, None for a policy given; ``evaluations`` is what a search spent, else 0;
     ``portable`` is what a portable policy costs; ``refit`` is how the kept weights are made up for what goes, one of

@@ -49,6 +49,10 @@ _COLUMNS = "id, policy, log_perplexity, ratio, round, source, seconds, created, 
 _REMEDY = "Restore the file from a copy, or fit into a new RUN"
 
 
+SEARCH_ROUND = 1000
+"""The round of what was measured after a fit, by searches say."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One measurement: ``log_perplexity`` in nats per token, ``round`` of the fit loop, what proposed it, seconds."""

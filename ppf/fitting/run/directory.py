@@ -31,6 +31,7 @@ from ...choose.additive import Additive
 from ...choose.agent import Agent
 from ...choose.answers import Answers
 from ...choose.budget import Budget, RatioBudget
+from ...choose.measured import Measured
 from ...choose.predictor import Prediction, Predictor, make_predictor
 from ...choose.predictor.gaussian import GaussianProcess
 from ...errors import InputError
@@ -39,7 +40,7 @@ from ...model.layer import LayerRanking
 from ...model.policy import Policy
 from ...model.structure import Structure
 from ..calibration import LayerStatistics, Moments
-from ..experience import Experience
+from ..experience import SEARCH_ROUND, Experience
 from ..rounds import Journal
 from . import values
 from .manifest import EXPERIENCE, in_memory, read_manifest, sealed
@@ -56,9 +57,10 @@ _judged: set[tuple[str, str]] = set()
 class Answer:
     """A run's answer to a request; ``requested_ratio`` is None if that was in another unit.
 
-    ``source`` says whose policy it is: the "agent"'s, that of "calibration" alone, or the "uniform" one, whichever the
-    predictor prefers. Of a run without evaluations nothing is predicted: then both figures, in nats, are None; and the
-    standard uncertainty is None if the run cannot know it (:attr:`Run.knows_uncertainty`).
+    ``source`` says whose policy it is: the "agent"'s, that of "calibration" alone, one that was "measured" (moved onto
+    the budget), or the "uniform" one, whichever the predictor prefers. Of a run without evaluations nothing is
+    predicted: then both figures, in nats, are None; and the standard uncertainty is None if the run cannot know it
+    (:attr:`Run.knows_uncertainty`).
     ``milliseconds`` is what it took, projection and predictor included.
     """
 
@@ -139,8 +141,13 @@ class Run:
 
     @cached_property
     def _answers(self) -> Answers:
-        learnt = (self.agent, self.predictor) if self.has_predictor else (None, None)
-        return Answers(self.grid, *learnt, self.first, self.knows_uncertainty)
+        if not self.has_predictor:
+            return Answers(self.grid, None, None, self.first)
+        # Of the fit alone: an answer is not another one after a search.
+        rows = self.experience.rows(before_round=SEARCH_ROUND)
+        values = torch.tensor([row.log_perplexity for row in rows], dtype=torch.float64)
+        measured = Measured(self.grid, self.grid.encode([row.policy for row in rows]), values)
+        return Answers(self.grid, self.agent, self.predictor, self.first, self.knows_uncertainty, measured)
 
     @property
     def has_predictor(self) -> bool:
@@ -161,8 +168,8 @@ class Run:
         return self.answer(RatioBudget(self.grid, ratio))
 
     def answer(self, budget: Budget) -> Answer:
-        """The run's policy for a budget: of the agent's, calibration's and the uniform one the most promising by the
-        predictor (:mod:`ppf.choose.answers`). Raises ``InputError`` while the fit is unfinished."""
+        """The run's policy for a budget: of the agent's, calibration's, the best measured and the uniform one the most
+        promising by the predictor (:mod:`ppf.choose.answers`). Raises ``InputError`` while the fit is unfinished."""
         self.require_complete()
         answers = self._answers  # loading is not the answer's time
         start = time.perf_counter()

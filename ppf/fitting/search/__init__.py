@@ -1,5 +1,5 @@
 """What to measure next: all over the ratios for a fit, or for the best policy of one budget."""
 
-from .static import SEARCH_ROUND, Search
+from .static import Search
 
-__all__ = ["SEARCH_ROUND", "Search"]
+__all__ = ["Search"]

@@ -25,11 +25,9 @@ from ...model.policy import Policy
 from ...progress import Progress, silent
 from ..evaluation import Evaluator
 from ..evaluation.measurement import measure_many
-from ..experience import Experience
+from ..experience import SEARCH_ROUND, Experience
 from ..run.settings import MINIMUM_EVALUATIONS
 
-# Search rows stand after every round of the fit loop.
-SEARCH_ROUND = 1000
 _BATCH = 24
 _ELITES = 8
 _POPULATION = 24  # what breeding starts from

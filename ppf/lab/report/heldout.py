@@ -19,9 +19,8 @@ from ...choose.candidates.sampling import mutate, random_levels
 from ...errors import InputError
 from ...fitting.evaluation import Evaluator
 from ...fitting.evaluation.measurement import measure_many
-from ...fitting.experience import Evaluation, Experience
+from ...fitting.experience import SEARCH_ROUND, Evaluation, Experience
 from ...fitting.run import Run
-from ...fitting.search import SEARCH_ROUND
 from ...fitting.search.exploration import frontier
 from ...model.policy import Policy
 from ...progress import Progress
