@@ -32,6 +32,7 @@ from export_cases import (
     write_random,
 )
 from gguf_cases import ARCHITECTURES, BIASED, IGNORING_MERGES, PRE_TOKENIZERS, TIED
+from test_export_chats import CHATS, TURNS, chatting
 
 from ppf.checkpoint import load_tokenizer
 from ppf.deliver.export import gguf_weights, open_source, to_gguf
@@ -251,3 +252,17 @@ def test_texts_become_the_same_tokens(name, tmp_path):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert model.tokenize(text.encode(), add_bos=False) == expected
         assert model.detokenize(expected).decode().strip() == text.strip()
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_become_the_same_prompts(name, tmp_path):
+    """By llama-cpp-python's formatter, from the file alone, as its Llama makes it."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    tokenizer = chatting(name)
+    model = opened(write_random(tmp_path / "in", tokenizer=tokenizer), tmp_path / "out", vocab_only=True)
+    begin, end = (model.detokenize([token], special=True).decode() for token in (model.token_bos(), model.token_eos()))
+    template = model.metadata["tokenizer.chat_template"]
+    formatter = Jinja2ChatFormatter(template=template, eos_token=end, bos_token=begin)
+    expected = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    assert formatter(messages=TURNS).prompt == expected

@@ -68,7 +68,7 @@ def test_two_processes_give_the_run_of_one(one, two):
     """The same policies measured, in the same order, to the same bits; the same statistics, factors, predictor and
     agent."""
     assert rows(two) == rows(one) and len(rows(one)) == EVALUATIONS
-    assert files(two) == files(one) and len(files(one)) == 4 + 4 + 3
+    assert files(two) == files(one) and len(files(one)) == 4 + 4 + 4
     told = [json.loads((run / "run.json").read_text()) for run in (one, two)]
     assert told[0]["state"] == told[1]["state"] == "complete" and told[0]["settings"] == told[1]["settings"]
 

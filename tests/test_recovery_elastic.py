@@ -99,7 +99,7 @@ def test_delivered_is_what_was_trained(recovered, trained, tiny_run):
                 float(objective(run.materialize(policy), ids, taught)) for run in (session, old)
             )  # fmt: skip
         assert ours == pytest.approx(delivered, rel=1e-5)
-        assert abs(before / delivered - 1) > 1e-3  # training has changed it
+        assert abs(before / delivered - 1) > 1e-4  # training has changed it
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -32,7 +32,7 @@ HEADERS = "headers"
 OWN = SEAL, "files", "marked", HEADERS
 """What a report says of its own folder only."""
 # What is true of the weights as PPF wrote them, and not of what training made of them.
-OF_WEIGHTS = "measured", "predicted", "budget", "portable", "tasks", "recovery", "export"
+OF_WEIGHTS = "measured", "predicted", "budget", "portable", "tasks", "refit", "elastic", "recovery", "export"
 
 
 class _Model(msgspec.Struct):
