@@ -14,9 +14,9 @@ from ppf.fast.permute import permuted
 from ppf.fitting.collection import collect
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.evaluation.measurement import measure
-from ppf.fitting.experience import Experience
+from ppf.fitting.experience import SEARCH_ROUND, Experience
 from ppf.fitting.learning import Fitted, Learning, learn
-from ppf.fitting.search import SEARCH_ROUND, Search
+from ppf.fitting.search import Search
 from ppf.model.build import pruned_config
 from ppf.model.decoder import Decoder
 from ppf.model.grid import Grid

@@ -2,7 +2,7 @@
 
 Every sub-layer's level has a damage, whatever the others keep. The projection (:mod:`ppf.choose.budget.projection`)
 finds the policy of the least sum that meets the budget, by the multiplier of its cost: exactly, but for steps that pay
-only together, and within what one step is worth of an integer program (tests/test_additive.py).
+only together, and within what one step is worth of an integer program (tests/test_first.py).
 """
 
 from __future__ import annotations

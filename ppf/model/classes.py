@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import cache
 from typing import Any
 
@@ -39,8 +40,12 @@ def result_classes(family: Family) -> dict[str, type]:
 
 
 def announce(family: Family) -> None:
-    """Make the Auto classes open results of ``family`` as its own, after another declaration of its model type."""
-    _announce(family, result_classes(family))
+    """Make the Auto classes and pickles open results of ``family`` as its own, after another declaration of its model
+    type."""
+    made = result_classes(family)
+    for one in made.values():
+        setattr(sys.modules[_HOME], one.__name__, one)
+    _announce(family, made)
 
 
 def _announce(family: Family, made: dict[str, type]) -> None:
