@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
 def result(folder, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "subprocess", SimpleNamespace(run=fresh.in_its_place))
-        # With 40, on a quarter of the tokens, what it learns is worse than uniform.
-        return answer("demo", "--output", folder, "--evaluations", 64)
+        quick_learning(patch)
+        return answer("demo", "--output", folder, "--evaluations", 40)
 
 
 def test_ppf_beats_uniform_at_every_ratio(result):
