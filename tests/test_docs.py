@@ -41,7 +41,7 @@ QUICK = {
     "prune": "--device cpu",
     "profile": "--device cpu --prefill 16 --decode 16",
     "report": "--device cpu --held-out 20",
-    "bench": "--device cpu --prompt 8 --new-tokens 3 --prefill 16 --runners ppf",
+    "bench": "--device cpu --prompt 8 --new-tokens 32 --prefill 16 --runners ppf",
 }
 # With --search N: fewer.
 QUICK_SEARCH = "--search 2"

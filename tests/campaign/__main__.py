@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="this try of --only")
     parser.add_argument("--start", type=int, default=0, help="leave out the tries before this one")
     parser.add_argument("--count", type=int, help="so many tries of every attack")
+    parser.add_argument("--share", type=float, default=1.0, help="so much of the long pass")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--tries", type=Path, metavar="FILE", help="write every try, one line of JSON each")
     parser.add_argument("--page", action="store_true", help="fill the table of docs/reliability.md and its JSON file")
@@ -53,7 +55,7 @@ def _names(options: argparse.Namespace) -> list[tuple[str, int]]:
         return [(name, options.seed) for name in chosen]
     found = []
     for name, attack in chosen.items():
-        count = options.count or (attack.short if options.short else attack.long)
+        count = options.count or (attack.short if options.short else math.ceil(options.share * attack.long))
         found += [(name, seed) for seed in range(options.start, options.start + count)]
     return found
 
