@@ -25,27 +25,30 @@ def attempt(ground: Ground, seed: int) -> Verdict:
     offset = draw.choice((0.0, draw.random() ** 2)) * undisturbed(first, ground).seconds
     what = f"{first.name} and after {offset:.2f} s {second.name}"
     with ground.scratch(*sorted({*first.changes, *second.changes})) as here:
-        verdict = _together(ground, (first, second), offset, here, what)
-        return verdict if verdict.outcome not in FINE else _whole(ground, (first, second), here, what)
+        verdict, done = _together(ground, (first, second), offset, here, what)
+        return verdict if verdict.outcome not in FINE else _whole(ground, (first, second), done, here, what)
 
 
-def _together(ground: Ground, pair: tuple[Writer, Writer], offset: float, here: Path, what: str) -> Verdict:
+def _together(
+    ground: Ground, pair: tuple[Writer, Writer], offset: float, here: Path, what: str
+) -> tuple[Verdict, list[Writer]]:
+    """What became of them, and those that were not refused."""
     first = children.Child(pair[0].work(ground), here)
     time.sleep(offset)
     second = children.Child(pair[1].work(ground), here)
     verdicts = [judged(child.wait(), what) for child in (first, second)]
     bad = [verdict for verdict in verdicts if verdict.outcome not in FINE]
     if bad:
-        return bad[0]
+        return bad[0], []
     if all(verdict.outcome == REFUSED for verdict in verdicts):
-        return Verdict(TRACEBACK, what, f"both were refused: {verdicts[0].detail} {verdicts[1].detail}")
-    return verdicts[0]
+        return Verdict(TRACEBACK, what, f"both were refused: {verdicts[0].detail} {verdicts[1].detail}"), []
+    return verdicts[0], [one for one, verdict in zip(pair, verdicts, strict=True) if verdict.outcome != REFUSED]
 
 
-def _whole(ground: Ground, pair: tuple[Writer, Writer], here: Path, what: str) -> Verdict:
-    """Every output is one of the two commands' own, nothing else is there, and the run answers as it did."""
+def _whole(ground: Ground, pair: tuple[Writer, Writer], done: list[Writer], here: Path, what: str) -> Verdict:
+    """Every output is that of one of the commands ``done``, nothing else is there, and the run answers as it did."""
     for folder in ("out", "even"):
-        if verdict := _one_of(ground, pair, here, folder, what):
+        if verdict := _one_of(ground, done, here, folder, what):
             return verdict
     usual = {name for writer in pair for name in undisturbed(writer, ground).names}
     if more := sorted(trees.names(here) - usual):
@@ -57,9 +60,9 @@ def _whole(ground: Ground, pair: tuple[Writer, Writer], here: Path, what: str) -
     return Verdict(SUCCESS, what)
 
 
-def _one_of(ground: Ground, pair: tuple[Writer, Writer], here: Path, folder: str, what: str) -> Verdict | None:
+def _one_of(ground: Ground, done: list[Writer], here: Path, folder: str, what: str) -> Verdict | None:
     found = _below(trees.contents(here), folder)
-    wanted = [_below(undisturbed(writer, ground).contents, folder) for writer in pair]
+    wanted = [_below(undisturbed(writer, ground).contents, folder) for writer in done]
     wanted = [contents for contents in wanted if contents]
     if not wanted:
         return None
