@@ -1,5 +1,6 @@
 """Experience: append-only, one row a policy, and nothing acknowledged is ever lost."""
 
+import os
 import random
 import signal
 import sqlite3
@@ -154,3 +155,10 @@ def test_a_locked_store_says_so(store, monkeypatch):
     other.execute("ROLLBACK")
     store.append(row(2))
     assert len(store) == 2
+
+
+def test_a_pipe_in_its_place_is_refused_at_once(tmp_path):
+    """SQLite would wait for what it may say."""
+    os.mkfifo(tmp_path / "e.sqlite")
+    with pytest.raises(InputError, match="e.sqlite"):
+        Experience(tmp_path / "e.sqlite").rows()

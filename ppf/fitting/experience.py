@@ -173,6 +173,8 @@ class Experience:
         """What SQLite would call "unable to open", or make anew."""
         if not new and not self.path.exists():
             raise self._damaged("is missing")
+        if self.path.exists() and not self.path.is_file():  # SQLite waits for ever for what a pipe may say
+            raise self._damaged("is not a file")
         if self.path.exists() and not os.access(self.path, os.R_OK):
             remedy = "Ask whoever owns it for permission to read it"
             raise InputError("experience", self.path, "may not be read (permission denied)", remedy)
