@@ -115,3 +115,9 @@ def test_from_json_refuses(text, field):
         Policy.from_json(text)
     assert caught.value.field == field and caught.value.remedy
     assert field == "policy" or '"format": 2' in caught.value.remedy
+
+
+def test_half_a_character_is_refused():
+    """JSON can write it, and no name holds it."""
+    with pytest.raises(InputError, match="widths"):
+        Policy.from_dict({"format": 2, "\ud800": 1})

@@ -77,7 +77,7 @@ class Policy(Mapping[str, tuple[int, ...]]):
         """Inverse of :meth:`to_dict`. Raises ``InputError`` for anything else, files of format 1 among them."""
         try:
             return cls(**msgspec.convert(data, _Stored).widths)
-        except (msgspec.ValidationError, TypeError):  # another shape, or a kind of sub-layer missing
+        except (msgspec.ValidationError, TypeError, UnicodeError):  # another shape, kinds missing, half a character
             raise _refused(data) from None
 
     def to_json(self) -> str:

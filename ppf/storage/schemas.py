@@ -74,5 +74,5 @@ def convert_to(schema: type[_Schema] | Any, field: str, value: object, data: Any
     """``data``, which ``json.loads`` gave, as ``schema``. Raises ``InputError`` that names where they differ."""
     try:
         return msgspec.convert(data, schema)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # the latter: half a character
         raise InputError(field, value, f"does not hold what it should ({error})", remedy) from None
