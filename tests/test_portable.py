@@ -89,19 +89,20 @@ def test_other_policies_are_off_the_portable_grid(policy):
 
 
 def test_pruning_an_ordinary_run_portably_says_what_it_costs(folder, tmp_path):
-    report = answer("prune", folder / "run", "--ratio", 0.3, "--portable", "--output", tmp_path / "out")
+    report = answer("prune", folder / "run", "--ratio", 0.35, "--portable", "--output", tmp_path / "out")
     policy, session = Policy.from_dict(report["policy"]), Session(Run(folder / "run"), "cpu")
-    assert is_portable(policy) and report["policy_from"] == "portable" and abs(report["delivered_ratio"] - 0.3) < 0.04
-    assert report["requested_ratio"] == 0.3 and report["budget"]["delivered"] == report["delivered_ratio"]
+    assert is_portable(policy) and report["policy_from"] == "portable" and abs(report["delivered_ratio"] - 0.35) < 0.04
+    assert report["requested_ratio"] == 0.35 and report["budget"]["delivered"] == report["delivered_ratio"]
     cost, free = report["portable"], Policy.from_dict(report["portable"]["unrestricted"]["policy"])
     assert free == session.run.policy(report["delivered_ratio"]).policy
+    assert not is_portable(free, step=64) and abs(session.run.grid.ratio(free) - report["delivered_ratio"]) < 0.01
     evaluator = session.evaluator()
     assert cost["perplexity"] == pytest.approx(math.exp(evaluator.log_perplexity(policy)), rel=1e-4)
     assert cost["unrestricted"]["perplexity"] == pytest.approx(math.exp(evaluator.log_perplexity(free)), rel=1e-4)
     assert cost["cost"] == pytest.approx(cost["perplexity"] / cost["unrestricted"]["perplexity"] - 1)
     assert report["measured"]["perplexity"] == pytest.approx(cost["perplexity"], rel=1e-3)
     assert report["routes"] == dict.fromkeys(("hf", "gguf", "vllm", "deci"))
-    shown = ppf("prune", folder / "run", "--ratio", 0.3, "--portable", "--output", tmp_path / "out", "--force").stdout
+    shown = ppf("prune", folder / "run", "--ratio", 0.35, "--portable", "--output", tmp_path / "out", "--force").stdout
     assert f"{cost['cost']:+.1%} perplexity" in shown and "export to deci" in shown
     source = open_source(tmp_path / "out")
     for write in (to_hf, to_gguf, to_vllm, to_deci):

@@ -29,7 +29,7 @@ from ppf.model.decoder import Decoder
 from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"tokens": 4096, "sequence_length": 32, "batch_tokens": 256, "distillation": 0.5}
+SMALL = {"tokens": 4096, "learning_rate": 3e-3, "sequence_length": 32, "batch_tokens": 256, "distillation": 0.5}
 FLAGS = ("--tokens", 4096, "--sequence-length", 32, "--batch-tokens", 256, "--distillation", 0.5, "--device", "cpu")
 ABSENT = Policy([3, 2, 0, 1], [64, 0, 8, 32])
 METHODS = "full", "lora", "norms"
@@ -99,7 +99,7 @@ def test_delivered_is_what_was_trained(recovered, trained, tiny_run):
                 float(objective(run.materialize(policy), ids, taught)) for run in (session, old)
             )  # fmt: skip
         assert ours == pytest.approx(delivered, rel=1e-5)
-        assert abs(before / delivered - 1) > 1e-4  # training has changed it
+        assert abs(before / delivered - 1) > 1e-3  # training has changed it
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -33,15 +33,9 @@ class Additive(nn.Module):
         return -(self.damage / worst).float().expand(len(ratio), -1, -1)
 
     @torch.no_grad()
-    def forward(
-        self, ratio: Tensor, noise: float = 0.0, generator: torch.Generator | None = None, ceiling: bool = False
-    ) -> Tensor:  # fmt: skip
-        """Levels int64 [B, S] for ratios [B]; ``noise``, ``generator`` and ``ceiling`` as an agent takes them."""
-        utility = self.utilities(ratio)
-        if noise:
-            uniform = torch.rand(utility.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(utility.device)
-            utility = utility - noise * torch.log(-torch.log(uniform))
-        return self.projector(utility, ratio, ceiling)
+    def forward(self, ratio: Tensor) -> Tensor:
+        """Levels int64 [B, S] for ratios [B]."""
+        return self.projector(self.utilities(ratio), ratio)
 
     def total(self, levels: Tensor) -> Tensor:
         """Sums of damages fp64 [P] of levels int64 [P, S]."""

@@ -102,4 +102,4 @@ def _proposals(run: Run) -> dict[Policy, str]:
     low, high = RATIO_RANGE
     own = run.policies(torch.linspace(low, min(high, run.grid.maximum_ratio), _OWN, dtype=torch.float64).tolist())
     first = initial_proposals(run.grid, _FIRST, run.settings.seed, run.first)
-    return dict.fromkeys(own, "agent") | dict(first)
+    return dict.fromkeys(own, "run") | dict(first)
