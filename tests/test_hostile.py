@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,12 +48,24 @@ def change(folder: Path, **changes) -> Path:
     return folder
 
 
+@contextmanager
+def within_a_second() -> Iterator[None]:
+    """What is done inside must take less than a second of its own. What other tests left in memory is kept from the
+    garbage collector meanwhile: going through three thousand tests' objects took longer than what is measured."""
+    gc.freeze()
+    start = time.process_time()
+    try:
+        yield
+    finally:  # also when it is a refusal that is timed
+        spent = time.process_time() - start
+        gc.unfreeze()
+        assert spent < 1
+
+
 def refusal(folder: Path) -> InputError:
     """The ``InputError`` about ``folder``; it must come within a second."""
-    start = time.process_time()
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as caught, within_a_second():
         check_checkpoint(folder)
-    assert time.process_time() - start < 1
     assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
     return caught.value
 
@@ -239,9 +254,9 @@ def test_mutated_configurations_are_refused_or_work(model_type, policy, tmp_path
     for seed in range(24):
         changed = mutated(random.Random(seed), honest)
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        start = time.process_time()
         try:
-            config = check_checkpoint(tmp_path)
+            with within_a_second():
+                config = check_checkpoint(tmp_path)
         except InputError as error:
             refused += 1
             assert error.field and len(str(error)) < 2000, seed
@@ -250,7 +265,5 @@ def test_mutated_configurations_are_refused_or_work(model_type, policy, tmp_path
             assert pruned_config(config, policy_of(config)).num_hidden_layers == 3, seed
             with torch.no_grad():
                 load(tmp_path)(torch.randint(3, 60, (1, 10)))
-            continue
-        assert time.process_time() - start < 1, seed
     assert 6 < refused < 24
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
