@@ -6,6 +6,7 @@ import random
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ppf.choose.candidates.breeding import Effort
+from ppf.choose.predictor.training import fit_predictor
 from ppf.families import family_of
-from ppf.fitting import calibration, collection, stages
+from ppf.fitting import calibration, collection, retrained, stages
 from ppf.fitting.experience import Evaluation
 from ppf.fitting.run.manifest import read_manifest, write_manifest
 from ppf.model.build import build, expected_tensors
@@ -168,6 +170,9 @@ def quick_learning(patch: pytest.MonkeyPatch) -> None:
     learn, quick = collection.learn, {"effort": 0.05, "experts": 0}
     for module in (collection, stages):
         patch.setattr(module, "learn", lambda *arguments, **named: learn(*arguments, **(named | quick)))
+    predictor = retrained.learn_predictor
+    patch.setattr(retrained, "learn_predictor", lambda *arguments: predictor(*arguments[:4], 0.05, *arguments[5:]))
+    patch.setattr("ppf.lab.report.learning.fit_predictor", partial(fit_predictor, steps=40))
     patch.setattr("ppf.fitting.search.exploration._EFFORT", Effort(generations=3, offspring=8, keep=4))
 
 

@@ -41,23 +41,34 @@ def quick_together(processes: int, *arguments: object) -> subprocess.CompletedPr
     return subprocess.run([*_quick(processes, 0), *map(str, arguments)], **_how(), timeout=300)
 
 
-def forked_together(processes: int, code: str, *arguments: object) -> subprocess.CompletedProcess:
-    """How the first of so many ended that run Python ``code``, all of them well: forks that are told what torchrun's
-    processes are, for what is not about torchrun."""
+@contextmanager
+def forks(processes: int, code: str, *arguments: object) -> Iterator[list[fresh.Process]]:
+    """So many processes of one job that run Python ``code``, told what torchrun's are, for what is not about torchrun;
+    all are gone at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    ranks = [
-        fresh.Process(code, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(processes)
-    ]
-    ended = [process.ended() for process in ranks]
+    ranks = []
+    try:
+        for rank in range(processes):
+            ranks.append(fresh.Process(code, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
+        yield ranks
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+
+
+def forked_together(processes: int, code: str, *arguments: object) -> list[subprocess.CompletedProcess]:
+    """How they ended, all of them well."""
+    with forks(processes, code, *arguments) as ranks:
+        ended = [process.ended() for process in ranks]
     assert not any(done.returncode for done in ended), [done.stderr[-2000:] for done in ended]
-    return ended[0]
+    return ended
 
 
 def quick_forked_together(processes: int, *arguments: object) -> subprocess.CompletedProcess:
-    """``ppf`` with ``arguments`` and short training as :func:`forked_together`."""
-    return forked_together(processes, _QUICK, 0, *arguments)
+    """How the first of so many ended that ran ``ppf`` with ``arguments`` and short training, all of them well."""
+    return forked_together(processes, _QUICK, 0, *arguments)[0]
 
 
 @contextmanager

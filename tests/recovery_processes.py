@@ -1,53 +1,32 @@
-"""Recoveries by several processes at once, as torchrun starts them: what tests run in each of them.
-
-``python recovery_processes.py FOLDER JOBS``: every job of the JSON list JOBS is one recovery of FOLDER/pruned.
-"""
+"""Recoveries by several processes at once, which are told what torchrun tells its own: what tests run in each."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from ranks_cases import forked_together
 
-
-@contextmanager
-def started(count: int, *command: object) -> Iterator[list[subprocess.Popen]]:
-    """So many processes of one job, each running Python with ``command``; all are gone at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    processes = []
-    try:
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(TESTS)}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, command)], env=os.environ | shared | own, cwd="/",
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                )
-            )  # fmt: skip
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+CODE = "import sys, recovery_processes; recovery_processes.run(*sys.argv[1:])"
+"""What each process runs: its words are a folder and a JSON list of recoveries of FOLDER/pruned."""
 
 
 def recovered_together(folder: Path, count: int, jobs: list[dict]) -> list[list[dict]]:
     """What every process has to tell about every job."""
-    with started(count, __file__, folder, json.dumps(jobs)) as processes:
-        answers = [process.communicate(timeout=300) for process in processes]
-        assert all(process.returncode == 0 for process in processes), [errors[-2000:] for _, errors in answers]
-    return [json.loads(out.splitlines()[-1]) for out, _ in answers]
+    ended = forked_together(count, CODE, folder, json.dumps(jobs))
+    return [json.loads(done.stdout.splitlines()[-1]) for done in ended]
+
+
+def run(folder: str, jobs: str) -> None:
+    """What each of the processes does."""
+    from ppf import ranks
+
+    ranks.start()
+    found = [recovered(Path(folder), **job) for job in json.loads(jobs)]
+    ranks.stop()
+    print(json.dumps(found))
 
 
 def recovered(folder: Path, name: str, device: str, pause: float | None = None, **settings) -> dict:
@@ -89,15 +68,3 @@ def recovered(folder: Path, name: str, device: str, pause: float | None = None, 
 
 def _own(parameter):
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-if __name__ == "__main__":
-    import torch
-
-    from ppf import ranks
-
-    torch.set_num_threads(1)
-    ranks.start()
-    found = [recovered(Path(sys.argv[1]), **job) for job in json.loads(sys.argv[2])]
-    ranks.stop()
-    print(json.dumps(found))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_cases import answer, ppf, refusal
 from factories import tokens
-from recovery_processes import started
+from ranks_cases import forked_together
 from safetensors.torch import load_file
 
 import ppf as product
@@ -35,11 +35,10 @@ ABSENT = Policy([3, 2, 0, 1], [64, 0, 8, 32])
 METHODS = "full", "lora", "norms"
 # What each of torchrun's processes runs: the recovery of the fixture, from what another has begun.
 _TOGETHER = """
-import json, sys, torch
+import json, sys
 from ppf import ranks
 from ppf.deliver.recovery import ElasticSettings, recover_elastic
 from ppf.fitting import retrained
-torch.set_num_threads(1)
 retrained._EFFORT, retrained._OWN = 0.05, 12
 ranks.start()
 run, text, output, settings = sys.argv[1:]
@@ -224,10 +223,8 @@ def test_two_processes_go_on_with_what_one_began(recovered, tiny_run, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         elastic(tiny_run, tmp_path / "run")
     arguments = tiny_run / "run", tiny_run / "text.txt", tmp_path / "run", json.dumps(SMALL)
-    with started(2, "-c", _TOGETHER, *arguments) as processes:
-        answers = [process.communicate(timeout=300) for process in processes]
-        assert all(process.returncode == 0 for process in processes), [errors[-2000:] for _, errors in answers]
-    assert [json.loads(out.splitlines()[-1]) for out, _ in answers] == [2, 2]
+    ended = forked_together(2, _TOGETHER, *arguments)
+    assert [json.loads(done.stdout.splitlines()[-1]) for done in ended] == [2, 2]
     alone, together = weights(recovered), weights(tmp_path / "run")
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=1e-4)

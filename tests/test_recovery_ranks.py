@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from factories import byte_tokenizer, llama, model_of, tokens, write_text
-from recovery_processes import recovered, recovered_together, started
+from ranks_cases import forks
+from recovery_processes import CODE, recovered, recovered_together
 from safetensors.torch import load_file
 
 from ppf import checkpoint, ranks
@@ -141,14 +142,14 @@ def test_one_process_goes_on_with_what_two_began_and_one_of_them_was_killed(fold
     name = f"killed-{device}"
     job = {"name": name, "method": "full", "device": device, "pause": 0.2} | SMALL
     state = folder / f"{name}.unfinished" / "state.safetensors"
-    with started(2, Path(__file__).parent / "recovery_processes.py", folder, json.dumps([job])) as processes:
+    with forks(2, CODE, folder, json.dumps([job])) as processes:
         deadline = time.monotonic() + 120
         while not state.exists() and time.monotonic() < deadline:
-            assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+            assert all(process.poll() is None for process in processes), processes[0].ended().stderr
             time.sleep(0.02)
         processes[1].send_signal(signal.SIGKILL)
-        _, errors = processes[0].communicate(timeout=60)
-        assert processes[0].returncode not in (0, None) and "another process of this job has ended" in errors
+        done = processes[0].ended(within=60)
+        assert done.returncode > 0 and "another process of this job has ended" in done.stderr
     step = int(load_file(state)["step"])
     assert 0 < step < STEPS and not (folder / name).exists()
     answer = recovered(folder, name, device, method="full", **SMALL)
