@@ -33,7 +33,7 @@ def result(folder, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "subprocess", SimpleNamespace(run=fresh.in_its_place))
         quick_learning(patch)
-        return answer("demo", "--output", folder, "--evaluations", 40)
+        return answer("demo", "--output", folder, "--evaluations", 24)
 
 
 def test_ppf_beats_uniform_at_every_ratio(result):
