@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,17 +14,20 @@ from structures import llama_structure
 from ppf.choose.budget import FlopsBudget, MemoryBudget, RatioBudget
 from ppf.choose.budget.costs import token_flops, weight_bytes
 from ppf.errors import InputError
-from ppf.families import KINDS
+from ppf.families import KINDS, families
 from ppf.fitting.calibration import calibrate
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.masked import masked_losses
 from ppf.fitting.run import Run
 from ppf.fitting.session import Session
 from ppf.lab.peers import PEERS, Meter, PeerStatistics, peer_named
-from ppf.lab.peers.activations import observe
+from ppf.lab.peers.activations import LayerActivations, observe
+from ppf.lab.peers.adapt_pruner import importance
 from ppf.lab.peers.alphapruning import tail_index
+from ppf.lab.peers.atp import differences, rates
 from ppf.lab.peers.dropping import kept_after, sublayer_costs
 from ppf.lab.peers.flap import above_threshold
+from ppf.lab.peers.global_mp import magnitude_counts, shares_above
 from ppf.lab.peers.layers import mean_over_layers, positions
 from ppf.lab.peers.puzzle import solve
 from ppf.lab.peers.tracenas import _Agreement
@@ -34,7 +38,7 @@ from ppf.model.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GIVEN = {"uniform-split": 5, "random": 8, "finercut": 60, "puzzle": 40, "evopress": 30, "evolution": 20}
+GIVEN = {"uniform-split": 5, "random": 8, "atp": 6, "finercut": 60, "puzzle": 40, "evopress": 30, "evolution": 20}
 # A plain model, one of fused projections, one whose attention goes as a whole, and one with biases whose layers differ:
 # layer 1 has no FFN, layer 2 no attention, layer 3 neither.
 SOURCES = "llama", "phi3", "olmo2", "irregular"
@@ -84,8 +88,10 @@ def gap(grid: Grid, policy: Policy, ratio: float) -> float:
 
 
 @pytest.fixture(autouse=True)
-def few_proxies(monkeypatch):
+def few_proxies_and_steps(monkeypatch):
     monkeypatch.setattr("ppf.lab.peers.tracenas._PROXIES", 12)
+    monkeypatch.setattr("ppf.lab.peers.adapt_pruner._STEPS", 10)
+    monkeypatch.setattr("ppf.lab.peers.adapt_pruner._AMPLITUDE", 0.1)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -100,6 +106,16 @@ def test_on_the_budget_within_the_evaluations_and_the_same_again(name, source):
         assert gap(grid, policy, ratio) <= min(cost for cost in grid.step_cost if cost) / 2
         assert found.meter.spent <= given + 1e-9 and (found.meter.spent > 0) == (given > 0)
         assert allocated(name, statistics(source, given), ratio) == policy
+
+
+@pytest.mark.parametrize("family", [family.model_type for family in families() if family.model_type not in SOURCES])
+def test_methods_that_look_at_every_layer_run_on_all_families(family):
+    """Norms behind sub-layers and windows (Gemma), scaled residuals (Granite), rotary of some layers only (SmolLM3)."""
+    for name in ("global-mp", "atp", "adapt-pruner"):
+        found = statistics(family, GIVEN.get(name, 0))
+        policy = allocated(name, found, 0.3)
+        assert gap(found.grid, policy, 0.3) <= min(cost for cost in found.grid.step_cost if cost) / 2
+        assert allocated(name, statistics(family, GIVEN.get(name, 0)), 0.3) == policy
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -129,7 +145,7 @@ def test_seeds_matter_to_what_is_random():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_searching_methods_return_the_best_they_measured(source):
-    for name in ("uniform-split", "random", "evolution"):
+    for name in ("uniform-split", "random", "atp", "evolution"):
         found = statistics(source, GIVEN[name])
         policy = allocated(name, found, 0.4)
         asked = found.meter.evaluator.asked
@@ -268,6 +284,100 @@ def test_tail_index_finds_a_power_law():
     assert float(tail_index(matrix)) == pytest.approx(alpha, rel=0.02)
 
 
+def test_one_threshold_for_all_weights_leaves_these_shares():
+    """By hand: six and two weights; of bins that the budget lies between, the nearer."""
+    counts = torch.tensor([[3, 0, 2, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+    for kept, shares in ((1.0, [1, 1, 0]), (0.6, [1 / 2, 1, 0]), (0.52, [1 / 2, 1 / 2, 0]), (0.2, [1 / 6, 1 / 2, 0])):
+        assert shares_above(counts, [6, 2, 0], kept).tolist() == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("dtype, within", [(torch.bfloat16, 1e-12), (torch.float32, 5e-3)])
+@pytest.mark.parametrize("source", ["llama", "phi3"])
+def test_the_threshold_is_that_of_all_weights_sorted(source, dtype, within):
+    decoder = Decoder.of_model(model_of(source, dtype=dtype))
+    structure, weights = decoder.structure, {}
+    for index, layer in enumerate(decoder.layers):
+        for name, tensor in layer.items():
+            if tensor.dim() == 2:
+                place = index + structure.layers * name.startswith("mlp")
+                weights[place] = torch.cat((weights.get(place, torch.zeros(0)), tensor.float().abs().flatten()))
+    every, costs = torch.cat(list(weights.values())), [s.units * s.cost for s in structure.sublayers]
+    assert len(every) == structure.decoder_parameters
+    for kept in (0.85, 0.5):
+        found = shares_above(magnitude_counts(decoder), costs, kept)
+        threshold = every.sort().values[round((1 - kept) * len(every))]
+        # Where many weights are equal, as in bf16, the threshold is theirs or the one above, whichever is nearer.
+        candidates = threshold, every[every > threshold].min()
+        shares = [[float((weights[s] >= t).double().mean()) for s in range(len(costs))] for t in candidates]
+        assert min((found - torch.tensor(s, dtype=torch.float64)).abs().max() for s in shares) <= within
+
+
+def test_atp_rises_in_an_arithmetic_progression():
+    """By hand, for S = 0.3 and L = 4: β is at most min(2S/3, 2(1 − S)/3) = 0.2, and s = S − 3β/2 + β(i − 1)."""
+    alike = llama_structure(4, 48, 3, 2, 8, 64)
+    assert rates(0.3, 0.1, alike).tolist() == pytest.approx([0.15, 0.25, 0.35, 0.45])
+    found = differences(0.3, alike, 1000)
+    assert found == pytest.approx([0.002 * (index + 1) for index in range(100)])
+    assert rates(0.3, found[-1], alike).tolist() == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert differences(0.3, alike, 4) == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert differences(0.7, alike, 1)[0] == pytest.approx(0.2) and differences(0.001, alike, 9) == [0]
+    assert differences(0.3, llama_structure(1, 48, 3, 2, 8, 64), 9) == [0]
+
+
+def test_atp_keeps_the_mean_and_every_ratio_where_layers_differ():
+    structure = observed("irregular").grid.structure
+    for ratio in (0.2, 0.7):
+        found = [rates(ratio, difference, structure) for difference in differences(ratio, structure, 9)]
+        assert all(float(mean_over_layers(r, structure)) == pytest.approx(ratio) for r in found)
+        assert all(float(r.min()) >= 0 and float(r.max()) <= 1 for r in found)
+        assert min(float(found[-1].min()), 1 - float(found[-1].max())) < 0.01
+
+
+def test_adapt_pruner_weighs_layers_by_how_they_turn_the_stream():
+    """By hand: −cos is −0.9, −0.8, −0.4, around their mean −0.2, −0.1, 0.3, and scaled −2/3, −1/3, 1."""
+    alike = llama_structure(3, 48, 3, 2, 8, 64)
+    seen = [LayerActivations(cosine, 0.0, {}) for cosine in (0.9, 0.8, 0.4)]
+    assert importance(seen, alike).tolist() == pytest.approx([-2 / 3, -1 / 3, 1])
+    assert importance(seen[:1] * 3, alike).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_adapt_pruner_takes_small_steps_and_looks_again(monkeypatch):
+    """Two and a half steps of a tenth: looks at the dense model, then at what the first and the second step leave."""
+    found, asked = statistics(), []
+    grid, moved = found.grid, [LayerActivations(c, 0.0, {}) for c in (0.9, 0.8, 0.4, 0.7)]
+    found.__dict__["activations"] = moved
+    monkeypatch.setattr(found, "observed", lambda policy: asked.append(policy) or moved)
+    budget = RatioBudget(grid, 0.25)
+    monkeypatch.setattr(budget, "policy", lambda kept: kept)  # before the projection makes up for anything
+    kept = PEERS["adapt-pruner"].allocate(grid.structure, found, budget)
+    rise = 0.1 - 0.1 * importance(moved, grid.structure)
+    assert float(rise.min()) == 0 and float(rise.max()) > 0.15
+    assert kept.tolist() == pytest.approx((1 - 2.5 * rise).tolist())
+    for looked, steps in zip(asked, (1, 2), strict=True):
+        for kind, step in (("attention", 1), ("ffn", grid.ffn_multiple)):
+            wanted = [s.units * (1 - float(r) * steps) for s, r in zip(grid.structure.of(kind), rise, strict=True)]
+            assert all(abs(a - b) <= step / 2 + 1e-6 for a, b in zip(looked[kind], wanted, strict=True))
+
+
+@pytest.mark.parametrize("source", (*SOURCES, "gemma2", "granite"))
+def test_activations_of_a_policy_are_those_of_the_dense_model_with_the_rest_at_zero(source):
+    found = observed(source)
+    policy = allocated("random", statistics(source, seed=5), 0.5)
+    decoder, structure, layers = found.decoder, found.grid.structure, []
+    for index, layer in enumerate(decoder.layers):
+        layers.append({name: tensor.clone() for name, tensor in layer.items()})
+        for kind in KINDS:
+            sublayer, name = structure.of(kind)[index], f"{decoder.family.parts[kind].output_name}.weight"
+            if sublayer.units:
+                layers[-1][name][:, policy[kind][index] * sublayer.columns :] = 0
+    zeroed = observe(replace(decoder, layers=tuple(layers)), found.sequences, found.grid.dense())
+    for cut, zero in zip(found.observed(policy), zeroed, strict=True):
+        assert cut.cosine == pytest.approx(zero.cosine, abs=1e-5)
+        for kind in cut.inputs:
+            torch.testing.assert_close(cut.inputs[kind], zero.inputs[kind], rtol=1e-4, atol=1e-6)
+    assert [layer.cosine for layer in zeroed] != [layer.cosine for layer in found.activations]
+
+
 @pytest.mark.parametrize("source", (*SOURCES, "gemma2", "granite"))
 def test_activations_are_those_of_the_model(source):
     real, given = model(source), tokens(3, 32, seed=4)
@@ -287,7 +397,7 @@ def test_activations_are_those_of_the_model(source):
         states = real(input_ids=given, output_hidden_states=True).hidden_states
     for hook in hooks:
         hook.remove()
-    seen = observe(decoder, given)
+    seen = observe(decoder, given, Grid(decoder.structure, 8).dense())
     assert {(index, kind) for index, layer in enumerate(seen) for kind in layer.inputs} == set(read)
     for index in range(len(seen) - 1):  # transformers normalises the last one
         cosine = torch.cosine_similarity(states[index], states[index + 1], dim=-1).double()

@@ -147,7 +147,7 @@ def test_a_fits_weights_are_read_once_and_exist_once(tiny_run, tmp_path, monkeyp
     assert len(loaded) == 1 and alive and not any(alive)  # in ranking order only
 
 
-METHODS = "wanda-sp as is,flap as is,flap,owl,alphapruning,cfsp,shortgpt"
+METHODS = "wanda-sp as is,flap as is,global-mp,flap,owl,alphapruning,atp:3,cfsp,adapt-pruner,shortgpt"
 
 
 def test_comparisons_of_layers_that_stream(tiny_run, tmp_path):
@@ -169,7 +169,7 @@ def test_every_look_at_a_layer_is_in_order(tiny_run, monkeypatch):
     stream, fetched = session.permuted.layers, []
     take = stream._take
     monkeypatch.setattr(stream, "_take", lambda index: fetched.append(index) or take(index))
-    for name in ("flap", "owl", "alphapruning", "cfsp"):
+    for name in ("global-mp", "flap", "owl", "alphapruning", "cfsp"):
         fetched.clear()
         PEERS[name].allocate(session.run.structure, statistics, RatioBudget(session.run.grid, 0.3))
         assert fetched == sorted(fetched), name

@@ -13,7 +13,23 @@ from ...choose.budget import Budget
 from ...errors import InputError
 from ...model.policy import Policy
 from ...model.structure import Structure
-from . import alphapruning, cfsp, evolution, finercut, flap, owl, puzzle, random, shortgpt, tracenas, uniform, uniql
+from . import (
+    adapt_pruner,
+    alphapruning,
+    atp,
+    cfsp,
+    evolution,
+    finercut,
+    flap,
+    global_mp,
+    owl,
+    puzzle,
+    random,
+    shortgpt,
+    tracenas,
+    uniform,
+    uniql,
+)
 from .statistics import Meter, PeerStatistics
 
 Allocate = Callable[[Structure, PeerStatistics, Budget], Policy]
@@ -33,11 +49,15 @@ PEERS: dict[str, Peer] = {
     "uniform": Peer(uniform.allocate, "the same share of every sub-layer"),
     "uniform-split": Peer(uniform.allocate_split, "the best share for attention and FFN, the same in all layers", 11),
     "random": Peer(random.allocate, "the best of random policies", 150),
+    "global-mp": Peer(global_mp.allocate, "Global MP: one magnitude threshold for all weights"),
     "flap": Peer(flap.allocate, "FLAP's global threshold over standardised scores, by cost"),
     "owl": Peer(owl.allocate, "OWL: layers with outliers keep more"),
     "alphapruning": Peer(alphapruning.allocate, "AlphaPruning: heavy-tailed layers keep more"),
+    # The most that its search has where layers are 32 and the ratio is 50 %.
+    "atp": Peer(atp.allocate, "ATP: ratios that rise from layer to layer", 16),
     "cfsp": Peer(cfsp.allocate, "CFSP: layers that turn the residual stream keep more"),
     "uniql": Peer(uniql.allocate, "UniQL: softmax over block influence"),
+    "adapt-pruner": Peer(adapt_pruner.allocate, "Adapt-Pruner: layers by influence, in many small steps"),
     "shortgpt": Peer(shortgpt.allocate, "ShortGPT: whole layers go by block influence"),
     "finercut": Peer(finercut.allocate, "FinerCut: sub-layers go greedily", 100_000),
     "puzzle": Peer(puzzle.allocate, "Puzzle: additive scores and an integer program", 100_000),

@@ -1,4 +1,5 @@
-"""What peers want to know about the dense model's activations: one pass over a little text."""
+"""What peers want to know about the activations of the dense model or of one cut to a policy: one pass over a little
+text."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...families import KINDS
 from ...model.decoder import Decoder
+from ...model.policy import Policy
 from ...text import batches
 
 
@@ -51,23 +53,28 @@ class _Sums:
 
 
 @torch.no_grad()
-def observe(decoder: Decoder, sequences: Tensor) -> list[LayerActivations]:
-    """Activations of every layer of the dense model, in any unit order, over int64 ``sequences`` [N, T]."""
+def observe(decoder: Decoder, sequences: Tensor, policy: Policy) -> list[LayerActivations]:
+    """Activations of every layer over int64 ``sequences`` [N, T], of the model whose sub-layers have the first units
+    only, as many as ``policy`` says: its own where that is all."""
     hidden = [decoder.frame.begin(batch.to(decoder.device)) for batch in batches(sequences, decoder.device)]
-    return [_advance(decoder, index, hidden) for index in range(decoder.structure.layers)]
+    return [
+        _advance(decoder, index, {kind: policy[kind][index] for kind in KINDS}, hidden)
+        for index in range(decoder.structure.layers)
+    ]
 
 
-def _advance(decoder: Decoder, index: int, hidden: list[Tensor]) -> LayerActivations:
+def _advance(decoder: Decoder, index: int, widths: Mapping[str, int], hidden: list[Tensor]) -> LayerActivations:
     """Activations of one layer over all batches of ``hidden`` [B, T, hidden], which then hold the layer's output."""
-    widths = {kind: decoder.structure.of(kind)[index].units for kind in KINDS}
     # All first projections of a sub-layer read the same: one of them is watched.
     parts = {kind: part for kind, part in decoder.family.parts.items() if widths[kind]}
     watched = {f"{part.module}.{next(iter(part.rows))}": kind for kind, part in parts.items()}
+    names, layer = decoder.names(index), decoder.layers[index]
+    tensors = {name: tensor for kind in KINDS for name, tensor in names.prefix(layer, kind, widths[kind]).items()}
     sums = _Sums(tuple(parts), decoder.structure.hidden, decoder.device)
     for at, x in enumerate(hidden):
         told = decoder.frame.context(*x.shape[:2])[index]
         hidden[at] = decoder.reference(
-            index, widths, decoder.layers[index], x, told, lambda name, x: sums.read(watched[name], x), tuple(watched)
+            index, widths, tensors, x, told, lambda name, x: sums.read(watched[name], x), tuple(watched)
         )
         sums.passed(x, hidden[at])
     return sums.finish()

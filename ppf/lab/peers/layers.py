@@ -21,10 +21,15 @@ def projections(decoder: Decoder, index: int) -> Iterator[tuple[str, str, Tensor
                 yield kind, name, decoder.layers[index][f"{name}.weight"]
 
 
+def layer_costs(structure: Structure) -> Tensor:
+    """Parameters of all units of every layer, fp64 [L]."""
+    pairs = zip(structure.attention, structure.ffn, strict=True)
+    return torch.tensor([a.units * a.cost + f.units * f.cost for a, f in pairs], dtype=torch.float64)
+
+
 def mean_over_layers(values: Tensor, structure: Structure) -> Tensor:
     """Mean of ``values`` [L], fp64, every layer weighted by its parameters: the plain one where layers are alike."""
-    pairs = zip(structure.attention, structure.ffn, strict=True)
-    costs = torch.tensor([a.units * a.cost + f.units * f.cost for a, f in pairs], dtype=torch.float64)
+    costs = layer_costs(structure)
     return (values * costs).sum() / costs.sum()
 
 

@@ -89,7 +89,11 @@ class PeerStatistics:
     @cached_property
     def activations(self) -> list[LayerActivations]:
         """The dense model's activations over a part of the calibration text."""
-        return observe(self.decoder, take_tokens(self.sequences, _OBSERVED_TOKENS))
+        return self.observed(self.grid.dense())
+
+    def observed(self, policy: Policy) -> list[LayerActivations]:
+        """The same of the model that is cut to ``policy``, nothing refitted; not cached."""
+        return observe(self.decoder, take_tokens(self.sequences, _OBSERVED_TOKENS), policy)
 
 
 def _ranked(run: Run, index: int) -> LayerStatistics:
