@@ -12,15 +12,17 @@ from factories import dense_weights, quick_learning, random_ranking, synthetic_l
 
 from ppf.fast.permute import permuted
 from ppf.fitting import collection
-from ppf.fitting.collection import collect, schedule
+from ppf.fitting.collection import collect, schedule, trials, try_agent
 from ppf.fitting.evaluation import Evaluator
 from ppf.fitting.experience import Experience
 from ppf.fitting.learning import learn
+from ppf.fitting.rounds import Journal
 from ppf.fitting.run.settings import MINIMUM_EVALUATIONS
 from ppf.model.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EVALUATIONS = 44  # three rounds
+EVALUATIONS = 48  # three rounds, and the agent's
+LOOKED = EVALUATIONS - trials(EVALUATIONS)
 
 
 class Killed(BaseException):
@@ -54,32 +56,33 @@ def measured(store: Experience) -> list:
 
 def test_schedule_spends_exactly_what_it_is_given():
     for evaluations in range(MINIMUM_EVALUATIONS, 700):
-        rounds = schedule(evaluations)
-        assert sum(rounds) == evaluations and rounds[0] >= MINIMUM_EVALUATIONS and min(rounds[1:], default=8) >= 8
+        rounds, last = schedule(evaluations), trials(evaluations)
+        assert sum(rounds) + last == evaluations and min(rounds[1:], default=8) >= 8 and 3 <= last <= 32
+        assert rounds[0] >= min(MINIMUM_EVALUATIONS, evaluations - last)
         assert len(rounds) <= 9 and max(rounds[1:], default=0) - min(rounds[1:], default=0) <= 1
-    assert schedule(600) == [180] + [53] * 4 + [52] * 4
+    assert schedule(600) == [170] + [50] * 6 + [49] * 2 and trials(600) == 32
 
 
 def test_collect_measures_every_row_once(tmp_path, evaluator):
     store, seen = Experience(tmp_path / "experience.sqlite"), []
     collect(evaluator, store, EVALUATIONS, seed=0, progress=lambda *event: seen.append(event))
     rows = store.rows()
-    assert len(rows) == evaluator.calls == EVALUATIONS and len({row.policy for row in rows}) == EVALUATIONS
+    assert len(rows) == evaluator.calls == LOOKED and len({row.policy for row in rows}) == LOOKED
     assert [sum(row.round == index for row in rows) for index in range(3)] == schedule(EVALUATIONS)
     fresh = random.Random(0).sample(rows, 5)
     for row in fresh:
         assert row.log_perplexity == Evaluator.log_perplexities(evaluator, [row.policy])[0]
         assert row.ratio == evaluator.grid.ratio(row.policy) and row.seconds > 0
-    assert seen[-1] == ("evaluate", EVALUATIONS, EVALUATIONS) and {stage for stage, *_ in seen} == {"evaluate"}
+    assert seen[-1] == ("evaluate", LOOKED, EVALUATIONS) and {stage for stage, *_ in seen} == {"evaluate"}
     collect(evaluator, store, EVALUATIONS, seed=0)
-    assert evaluator.calls == EVALUATIONS  # done is done
+    assert evaluator.calls == LOOKED  # done is done
 
 
 def test_killed_five_times_ends_with_the_same_rows(tmp_path, evaluator):
     whole = Experience(tmp_path / "whole.sqlite")
     collect(evaluator, whole, EVALUATIONS, seed=0)
     draw = random.Random(1)
-    moments = sorted(draw.sample(range(EVALUATIONS), 5))
+    moments = sorted(draw.sample(range(LOOKED), 5))
     evaluator.calls = 0
     for moment in moments:
         evaluator.dies_at = moment
@@ -91,7 +94,7 @@ def test_killed_five_times_ends_with_the_same_rows(tmp_path, evaluator):
     evaluator.dies_at = None
     store = Experience(tmp_path / "killed.sqlite")
     collect(evaluator, store, EVALUATIONS, seed=0)
-    assert measured(store) == measured(whole) and evaluator.calls == EVALUATIONS
+    assert measured(store) == measured(whole) and evaluator.calls == LOOKED
     # Negative control: another seed measures other policies.
     other = Experience(tmp_path / "other.sqlite")
     collect(evaluator, other, EVALUATIONS, seed=1)
@@ -158,6 +161,25 @@ def test_later_rounds_follow_the_agent(tmp_path, monkeypatch, evaluator):
         return float((found - powers(chosen) @ curve).mean())
 
     assert excess("agent") < -0.02 and abs(excess("random")) < 1e-9
+
+
+def test_the_agent_that_stays_is_tried_and_the_predictor_told(tmp_path, evaluator):
+    store, journal, seen = Experience(tmp_path / "experience.sqlite"), Journal(), []
+    collect(evaluator, store, EVALUATIONS, seed=0, journal=journal)
+    fitted = learn(evaluator.grid, store.rows(), 0, torch.device("cpu"), effort=0.05)
+    fitted.predictor.target_mean -= 1  # promises more than there is
+    try_agent(evaluator, store, EVALUATIONS, fitted, 0, lambda *event: seen.append(event), journal)
+    own = store.rows()[LOOKED:]
+    assert len(store) == evaluator.calls == EVALUATIONS and seen[-1] == ("evaluate", EVALUATIONS, EVALUATIONS)
+    assert {row.round for row in own} == {len(schedule(EVALUATIONS))} == {max(journal.rounds)}
+    answers = evaluator.grid.decode(fitted.agent(torch.linspace(0.05, 0.7, 2 * len(own) + 1)[1::2]))
+    assert [row.policy for row in own if row.source == "agent"] == list(dict.fromkeys(answers))[: len(own)]
+    truth = torch.tensor([row.log_perplexity for row in own])
+    found = fitted.predictor(evaluator.grid.encode([row.policy for row in own])).mean
+    assert (found - truth).abs().max() < 0.1 * journal.rounds[len(schedule(EVALUATIONS))].gap
+    again = learn(evaluator.grid, store.rows(len(schedule(EVALUATIONS))), 0, torch.device("cpu"), effort=0.05)
+    try_agent(evaluator, store, EVALUATIONS, again, 0)
+    assert len(store) == evaluator.calls == EVALUATIONS  # killed before it could write what it learnt, it goes on
 
 
 def test_learn_is_reproducible(tmp_path, evaluator):

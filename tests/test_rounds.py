@@ -49,18 +49,18 @@ def evaluator(monkeypatch) -> Evaluator:
 
 def test_a_round_without_its_entry_is_learnt_again_and_measures_nothing(tmp_path, evaluator):
     store, whole = Experience(tmp_path / "experience.sqlite"), Journal()
-    collect(evaluator, store, 44, seed=0, journal=whole)
+    collect(evaluator, store, 48, seed=0, journal=whole)
     assert sorted(whole.rounds) == [1, 2] and all(found.policies > 0 for found in whole.rounds.values())
     again = Journal()
     again.rounds = {1: whole.rounds[1]}
-    collect(evaluator, store, 44, seed=0, journal=again)
-    assert again.rounds == whole.rounds and len(store) == 44
+    collect(evaluator, store, 48, seed=0, journal=again)
+    assert again.rounds == whole.rounds and len(store) == sum(schedule(48))
 
 
 @pytest.mark.parametrize("early", [True, False])
 def test_early_stop_ends_the_loop_once_the_predictor_is_right(tmp_path, monkeypatch, evaluator, early):
     monkeypatch.setattr(Round, "of", lambda index, *_: Round(index, 5, 0.1, 0.2))
     store = Experience(tmp_path / "experience.sqlite")
-    collect(evaluator, store, 60, seed=0, early_stop=early)
-    assert len(schedule(60)) == 5
-    assert len(store) == (sum(schedule(60)[:3]) if early else 60)
+    collect(evaluator, store, 66, seed=0, early_stop=early)
+    assert len(schedule(66)) == 5
+    assert len(store) == sum(schedule(66)[: 3 if early else 5])

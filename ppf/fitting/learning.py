@@ -19,6 +19,7 @@ from ..model.grid import Grid
 from .experience import Evaluation
 
 _PREDICTOR_STEPS, _AGENT_STEPS = 800, 400
+_MORE_STEPS = 100  # for a few more rows
 # The agent's steps were found on a 14M Llama with 255 levels to decide on. A model with fewer, or rows too few to tell
 # the predictor where the best policies are, is learnt in as much less, but no less than schedules need (dev/LOG.md).
 _FULL_SIZE, _FULL_ROWS, _FEWEST = 255, 250, 50
@@ -51,14 +52,16 @@ def learn(
     effort: float = 1.0,
     learning: Learning | None = None,
     experts: int = 1,
+    caution: float = 0.0,
 ) -> Fitted:
     """A predictor and an agent, trained from scratch on ``rows``; ``effort`` scales their steps, ``experts`` are the
-    agent's rounds of expert iteration. The agent's steps follow what there is to learn as well: :func:`agent_steps`."""
+    agent's rounds of expert iteration, and it minimises what is predicted plus ``caution`` standard uncertainties. The
+    agent's steps follow what there is to learn as well: :func:`agent_steps`."""
     how = learning or Learning()
     predictor = learn_predictor(grid, rows, seed, device, effort, how)
     agent = Agent(grid, seed=seed, energies=how.energies).to(device)
     steps = agent_steps(grid, len(rows), how.agent, effort)
-    train_agent(agent, predictor, seed, steps=steps, kind=how.agent, experts=experts)
+    train_agent(agent, predictor, seed, steps=steps, caution=caution, kind=how.agent, experts=experts)
     return Fitted(predictor, agent.eval())
 
 
@@ -69,6 +72,12 @@ def learn_predictor(
     predictor = make_predictor(how.predictor, grid, how.energies).to(device)
     fit_predictor(predictor, *_tensors(grid, rows), seed=seed, steps=round(_PREDICTOR_STEPS * effort))
     return predictor.eval()
+
+
+def learn_more(predictor: Predictor, grid: Grid, rows: Sequence[Evaluation], seed: int) -> None:
+    """Go on training ``predictor`` in place on ``rows``, a few of which it has not seen."""
+    fit_predictor(predictor.train(), *_tensors(grid, rows), seed=seed, steps=_MORE_STEPS, fresh=False)
+    predictor.eval()
 
 
 def agent_steps(grid: Grid, rows: int, kind: str, effort: float) -> int:

@@ -156,8 +156,8 @@ class Run:
 
     @cached_property
     def knows_uncertainty(self) -> bool:
-        """Whether standard uncertainties of what is predicted can be told: a fit of fewer than 32 evaluations never
-        compares what it predicts of its agent's policies with what they have."""
+        """Whether standard uncertainties of what is predicted can be told: not if the fit's last round found them far
+        too small at the agent's own answers, nor of a run of ``ppf recover --elastic``, which has no such round."""
         return self.has_predictor and Journal(self.files).knows
 
     def policy(self, ratio: float) -> Answer:

@@ -7,7 +7,7 @@ predictor must be right), the same with noise, and what breeding on the predicto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -68,29 +68,52 @@ def next_proposals(
     agent: Agent, predictor: Predictor, rows: Sequence[Evaluation], count: int, seed: int
 ) -> list[tuple[Policy, str]]:
     """``count`` distinct policies that ``rows`` do not hold, with their source; the same seed gives the same ones."""
-    generator = torch.Generator().manual_seed(seed)
-    seen = {row.policy for row in rows}
-    proposals: dict[Policy, str] = {}
-
-    def add(levels: Tensor, source: str, limit: int) -> None:
-        for policy in agent.grid.decode(levels):
-            if len(proposals) >= limit:
-                return
-            if policy not in seen:
-                proposals.setdefault(policy, source)
-
-    add(agent(_budgets(agent, predictor, count, generator)), "agent", round(_GREEDY * count))
+    generator, new = torch.Generator().manual_seed(seed), New(agent.grid, rows)
+    new.add(agent(_budgets(agent, predictor, count, generator)), "agent", round(_GREEDY * count))
     with_noise = round((_GREEDY + _NOISY) * count)
-    for attempt in range(_PATIENCE):
-        if len(proposals) >= with_noise:
-            break
-        noise = 0.2 * 1.5**attempt  # an agent that is sure of itself repeats itself
-        add(agent(_budgets(agent, predictor, count, generator), noise, generator), "agent-noise", with_noise)
+    new.add_noisy(agent, lambda: _budgets(agent, predictor, count, generator), with_noise, generator)
     for _ in range(_PATIENCE):
-        if len(proposals) >= count:
-            return list(proposals.items())
-        add(_bred(agent, predictor, rows, count - len(proposals), generator), "bred", count)
+        if len(new.proposals) >= count:
+            return list(new.proposals.items())
+        new.add(_bred(agent, predictor, rows, count - len(new.proposals), generator), "bred", count)
     raise _exhausted(count)
+
+
+def own_proposals(agent: Agent, rows: Sequence[Evaluation], count: int, seed: int) -> list[tuple[Policy, str]]:
+    """``count`` distinct policies that ``rows`` do not hold: the agent's answers, evenly over all ratios, and where
+    these repeat themselves or are known, such with noise."""
+    generator, new = torch.Generator().manual_seed(seed), New(agent.grid, rows)
+    low, high = RATIO_RANGE
+    ratio = low + (high - low) * (torch.arange(count, device=agent.device) + 0.5) / count
+    new.add(agent(ratio), "agent", count)
+    new.add_noisy(agent, lambda: ratio, count, generator)
+    if len(new.proposals) < count:
+        raise _exhausted(count)
+    return list(new.proposals.items())
+
+
+class New:
+    """Distinct policies that ``rows`` do not hold, with their source, in the order in which they come."""
+
+    def __init__(self, grid: Grid, rows: Sequence[Evaluation]):
+        self.grid, self.seen = grid, {row.policy for row in rows}
+        self.proposals: dict[Policy, str] = {}
+
+    def add(self, levels: Tensor, source: str, limit: int) -> None:
+        """Levels int64 [P, S], until there are ``limit`` in all."""
+        for policy in self.grid.decode(levels):
+            if len(self.proposals) >= limit:
+                return
+            if policy not in self.seen:
+                self.proposals.setdefault(policy, source)
+
+    def add_noisy(self, agent: Agent, budgets: Callable[[], Tensor], limit: int, generator: Generator) -> None:
+        """The agent's answers to ratios that ``budgets`` draws, with noise: more and more of it, since an agent that is
+        sure of itself repeats itself."""
+        for attempt in range(_PATIENCE):
+            if len(self.proposals) >= limit:
+                return
+            self.add(agent(budgets(), 0.2 * 1.5**attempt, generator), "agent-noise", limit)
 
 
 def _exhausted(count: int) -> PPFError:
