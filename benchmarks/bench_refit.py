@@ -2,8 +2,8 @@
 and if asked their figures in tasks and their tokens a second.
 
     python benchmarks/bench_refit.py --run RUN [--run RECOVERED …] --test-text wiki.test.raw \
-        --output benchmarks/results/refit_smollm2-135m_h200.json [--refit fast --refit thorough] [--ratio 0 --ratio 0.3 …] \
-        [--tasks arc_easy,piqa --task-folder DIR] [--decode]
+        --output benchmarks/results/refit_smollm2-135m_h200.json [--refit fast --refit thorough] \
+        [--ratio 0 --ratio 0.3 …] [--tasks arc_easy,piqa --task-folder DIR] [--decode]
 
 RUN is a folder of ``ppf fit``, or of ``ppf recover --elastic``; ratio 0 is the dense model. Every model is made in
 memory as ``ppf prune`` makes it; seconds are those of making it, with weights and library read already. ``--decode``

@@ -136,7 +136,7 @@ def test_another_seed_is_another_run(tiny_run, tmp_path):
     [
         ({"evaluations": 41}, "evaluations = 40, not 41"),
         ({"seed": 3}, "seed = 0, not 3"),
-        ({"ranking": "maw"}, "ranking = wanda-sp, not maw"),
+        ({"ranking": "maw"}, "ranking = flap-wifv, not maw"),
         ({"ffn_multiple": 16}, "ffn-multiple = 8, not 16"),
         ({"sequence_length": 64}, "sequence-length = 32, not 64"),
         ({"calibration_tokens": 99}, "calibration-tokens = 2048, not 99"),

@@ -27,6 +27,7 @@ errors = Console(stderr=True)
 _LONGEST = 2000
 _LABELS = {
     "answer": "Answering prompts (tokens)",
+    "rank": "Choosing rankings",
     "calibrate": "Calibrating layers",
     "evaluate": "Measuring policies",
     "learn": "Training predictor and agent",

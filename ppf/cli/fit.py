@@ -70,8 +70,8 @@ def fit(
         str | None, typer.Option(metavar="NAME", help="Split of PROMPTS; that of --text if left out.")
     ] = None,
     ranking: Annotated[
-        str, typer.Option(help="magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")
-    ] = "wanda-sp",
+        str, typer.Option(help="auto, magnitude, wanda-sp, flap-wifv, maw, cfsp, obs, taylor or loraprune.")
+    ] = "flap-wifv",
     ffn_multiple: Annotated[int, typer.Option(callback=COUNT, help="FFN widths are multiples of this.")] = 64,
     sequence_length: SequenceLength = 512,
     calibration_tokens: Annotated[

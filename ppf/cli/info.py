@@ -56,6 +56,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "own_answers": run.manifest.get("own_answers"),
         "structure": run.structure.to_dict(),
         "settings": run.settings.to_dict(),
+        "rankings": run.manifest.get("rankings"),
         "versions": run.manifest["versions"],
         "experience": {"rows": len(rows), "sources": dict(Counter(row.source for row in rows)), "best": _best(rows)},
     }
@@ -77,12 +78,21 @@ def _describe_run(facts: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {source}" for source, count in experience["sources"].items())
     top = {name: facts[name] for name in ("path", "state", "model")}
     top |= {name.replace("_", "-"): value for name, value in facts["settings"].items()}
+    if rankings := facts["rankings"]:
+        top["ranking"] += f" ({_counted(rankings)})"
     if told := facts["elastic"]:
         top["elastic recovery"] = elastic_line(told)
     top["experience"] = f"{experience['rows']} measured policies ({counts})" if counts else "none yet"
     for entry in experience["best"]:
         top[f"best near {entry['near']:.0%}"] = f"perplexity {entry['perplexity']:.2f} at ratio {entry['ratio']:.4f}"
     return lines(top)
+
+
+def _counted(rankings: dict[str, list[str | None]]) -> str:
+    """How many sub-layers of each kind have each ranking."""
+    counts = {kind: Counter(name for name in names if name) for kind, names in rankings.items()}
+    told = {kind: ", ".join(f"{n} {name}" for name, n in found.most_common()) for kind, found in counts.items()}
+    return "; ".join(f"{kind}: {words or 'nothing to choose'}" for kind, words in told.items())
 
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], str]:

@@ -256,6 +256,7 @@ def _report(run: Run, choice: Choice, tasks: Tasks | None) -> dict[str, Any]:
         "source": source_report(run.model_path),
         "structure": run.structure.to_dict(),
         "settings": run.settings.to_dict(),
+        "rankings": run.manifest.get("rankings"),
         "texts": run.manifest["texts"] | {"names": run.manifest["files"]},
         "seed": run.settings.seed,
         "versions": versions(),

@@ -35,7 +35,7 @@ from .session import Session
 from .stages import finish
 
 # What of a run's manifest is as true of its weights' successors.
-_KEPT = "structure", "settings", "texts", "files", "vocabulary", "read_as", "own_answers"
+_KEPT = "structure", "settings", "texts", "files", "vocabulary", "read_as", "own_answers", "rankings"
 # Policies that are measured: the dense, uniform and random ones of a fit's first round, then the agent's own.
 _FIRST, _OWN = 24, 48
 _EFFORT = 2.0

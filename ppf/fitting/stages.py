@@ -31,7 +31,7 @@ from ..text import Splits, check_context
 from ..timings import seconds, since, timed
 from .alone import alone_in, may_write
 from .calibration import LayerStatistics, calibrate
-from .collection import collect
+from .collection import collect, schedule, try_agent
 from .evaluation.shared import led
 from .experience import Experience
 from .factors import factorise_layer, tensors_of
@@ -40,7 +40,8 @@ from .in_memory import placed
 from .learning import Learning, learn
 from .library import library_bytes
 from .own_answers import Answers, OwnAnswers
-from .ranking import rank_layer
+from .ranking import AUTO, rank_layer
+from .ranking.auto import Chosen, choose_rankings
 from .ranking.gradient import GRADIENT_RANKINGS, Scores, gradient_scores
 from .rounds import ROUNDS, Journal
 from .run import Run, Settings
@@ -51,9 +52,11 @@ from .search.exploration import check_evaluations
 from .session import Session
 from .texts import Texts
 
-# The agent that stays is trained longer than those that only propose the next round.
+# The agent that stays is trained longer than those that only propose the next round, and away from what the predictor
+# does not know, which is what those are there to find out.
 _FINAL_EFFORT = 2.0
 _FINAL_EXPERTS = 2
+_FINAL_CAUTION = 2.0
 # Texts, statistics, experience, predictor and agent beside the library: generously.
 _OTHER_FILES = 64 << 20
 
@@ -241,8 +244,10 @@ def _calibrate(session: Session, progress: Progress) -> None:
         (run.path / folder).mkdir(exist_ok=True)
     computing = session.decoder.to(compute_dtype(session.decoder.dtype, session.device))
     sequences, scored = run.sequences("calibration"), run.scored("calibration")
+    chosen = _chosen(session, computing, progress)
     scores = _scores(session, computing, sequences, scored)
-    stream, mine = calibrate(computing, sequences, scored), []
+    stream = calibrate(computing, sequences, scored) if chosen.statistics is None else iter(chosen.statistics)
+    mine: list[LayerStatistics] = []
     progress("calibrate", 0, layers)
     for index in range(layers):
         own = index - index % processes + ranks.rank()
@@ -253,9 +258,21 @@ def _calibrate(session: Session, progress: Progress) -> None:
             next(stream)
         if (index + 1) % processes == 0 or index + 1 == layers:
             if mine:
-                _store_layer(session, own, mine.pop(), scores[own])
+                _store_layer(session, own, mine.pop(), scores[own], chosen.rankings[own])
             progress("calibrate", index + 1, layers)
     ranks.barrier()
+
+
+def _chosen(session: Session, decoder: Decoder, progress: Progress) -> Chosen:
+    """Every layer's ranking where each chooses its own, after run.json has been told which; None each for others."""
+    run = session.run
+    if run.settings.ranking != AUTO:
+        return Chosen([None] * run.structure.layers, {})
+    texts = ((run.sequences(part), run.scored(part)) for part in ("calibration", "evaluation"))
+    found = choose_rankings(decoder, run.grid, *texts, progress)
+    run.manifest["rankings"] = found.names
+    ranks.from_first(lambda: write_manifest(run.path, run.manifest))
+    return found
 
 
 def _scores(session: Session, decoder: Decoder, sequences: Tensor, scored: Tensor | None) -> list[Scores | None]:
@@ -272,10 +289,12 @@ def _scores(session: Session, decoder: Decoder, sequences: Tensor, scored: Tenso
     return [{kind: score.to(session.device) for kind, score in layer.items()} for layer in ranks.from_first(found)]
 
 
-def _store_layer(session: Session, index: int, statistics: LayerStatistics, scores: Scores | None) -> None:
+def _store_layer(
+    session: Session, index: int, statistics: LayerStatistics, scores: Scores | None, chosen: LayerRanking | None
+) -> None:
     """Write one layer's statistics, ranking and library; the library comes last and marks the layer as done."""
     run, decoder = session.run, session.decoder
-    ranking = rank_layer(run.settings.ranking, decoder, index, statistics, scores)
+    ranking = chosen or rank_layer(run.settings.ranking, decoder, index, statistics, scores)
     run.files.write_safetensors(layer_file("statistics", index), _layer_tensors(statistics, ranking))
     ranked = permute_layer(decoder.names(index), decoder.layers[index], ranking)
     factors = factorise_layer(decoder.names(index).outputs(ranked), statistics, ranking, run.grid, index)
@@ -301,20 +320,22 @@ def _conclude(
 
 
 def _learn(session: Session, first: Additive, progress: Progress) -> None:
-    """Collect the experience, then train the predictor and the agent that stay."""
+    """Collect the experience, train the predictor and the agent that stay, and try these."""
     run, settings = session.run, session.run.settings
     evaluator = session.evaluator()
     how = Learning(settings.predictor, settings.agent, energies_of(session, run.grid), first)
     journal = Journal(run.files)
     collect(evaluator, run.experience, settings.evaluations, settings.seed, progress, how, journal, settings.early_stop)
     progress("learn", 0, 1)
-    rows = run.experience.rows()
+    rows = run.experience.rows(before_round=len(schedule(settings.evaluations)))
     fitted = learn(
-        run.grid, rows, settings.seed, session.device, effort=_FINAL_EFFORT, learning=how, experts=_FINAL_EXPERTS
-    )
+        run.grid, rows, settings.seed, session.device, effort=_FINAL_EFFORT, learning=how, experts=_FINAL_EXPERTS,
+        caution=_FINAL_CAUTION,
+    )  # fmt: skip
+    progress("learn", 1, 1)
+    try_agent(evaluator, run.experience, settings.evaluations, fitted, settings.seed, progress, journal)
     run.files.write_safetensors(PREDICTOR, fitted.predictor.state_dict())
     run.files.write_safetensors(AGENT, fitted.agent.state_dict())
-    progress("learn", 1, 1)
 
 
 @timed("finishing")

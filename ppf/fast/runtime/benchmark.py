@@ -61,8 +61,8 @@ class Row:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The device's copy bandwidth and product rate, now; the product is a linear layer's (on a CPU that computes bf16 by
-    other instructions the plain one takes ten times as long)."""
+    """The device's copy bandwidth and product rate, now; the product is a linear layer's (where a CPU has no
+    instructions for bf16 the plain one takes ten times as long)."""
     source = torch.empty(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _median(partial(target.copy_, source), device, 9)

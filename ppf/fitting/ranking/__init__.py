@@ -1,5 +1,5 @@
 """Rankings: which unit of a sub-layer goes first, whatever the policy."""
 
-from .scores import RANKINGS, check_ranking, rank_layer, ranking_named
+from .scores import AUTO, RANKINGS, check_ranking, rank_layer, ranking_named
 
-__all__ = ["RANKINGS", "check_ranking", "rank_layer", "ranking_named"]
+__all__ = ["AUTO", "RANKINGS", "check_ranking", "rank_layer", "ranking_named"]

@@ -64,6 +64,9 @@ def obs(s: Scored) -> Tensor:
     return removal_scores(s.output, s.statistics.gram, s.unit)
 
 
+AUTO = "auto"
+"""The ranking that is not one, but the best of several for each sub-layer: see :mod:`ppf.fitting.ranking.auto`."""
+
 RANKINGS: dict[str, Callable[[Scored], Tensor]] = {
     "magnitude": magnitude,
     "wanda-sp": wanda_sp,
@@ -78,14 +81,14 @@ def ranking_named(name: str) -> Callable[[Scored], Tensor]:
     """The score function called ``name``; raises ``InputError`` with the names there are."""
     if name not in RANKINGS:
         raise InputError(
-            "ranking", name, "is not a ranking", f"Use one of {', '.join((*RANKINGS, *GRADIENT_RANKINGS))}"
+            "ranking", name, "is not a ranking", f"Use one of {', '.join((AUTO, *RANKINGS, *GRADIENT_RANKINGS))}"
         )
     return RANKINGS[name]
 
 
 def check_ranking(name: str) -> None:
     """Raise ``InputError``, with the names there are, unless ``name`` is a ranking."""
-    if name not in GRADIENT_RANKINGS:
+    if name not in (AUTO, *GRADIENT_RANKINGS):
         ranking_named(name)
 
 
@@ -97,12 +100,13 @@ def rank_layer(
 
     ``scores`` are the layer's where ``name`` is a ranking by gradients.
     """
-    return LayerRanking(**{kind: _rank(name, decoder, index, kind, statistics, scores) for kind in KINDS})
+    return LayerRanking(**{kind: rank_sublayer(name, decoder, index, kind, statistics, scores) for kind in KINDS})
 
 
-def _rank(
-    name: str, decoder: Decoder, index: int, kind: str, statistics: LayerStatistics, scores: Scores | None
+def rank_sublayer(
+    name: str, decoder: Decoder, index: int, kind: str, statistics: LayerStatistics, scores: Scores | None = None
 ) -> Tensor:
+    """The same of one kind of sub-layer, int64 [units]."""
     sublayer = decoder.structure.of(kind)[index]
     if sublayer.step >= sublayer.units:
         # Nothing to rank. Units that only go together must not move either: norms over all of them know their places.

@@ -68,6 +68,7 @@ class _Manifest(Struct):
     seals: dict[str, str] = {}
     experience: _Rows | None = None
     elastic: dict[str, Any] | None = None
+    rankings: dict[str, list[str | None]] = {}
 
 
 def sealed(run: Path, manifest: dict[str, Any]) -> Sealed:

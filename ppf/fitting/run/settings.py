@@ -23,7 +23,7 @@ class Settings:
 
     evaluations: int = 600
     seed: int = 0
-    ranking: str = "wanda-sp"
+    ranking: str = "flap-wifv"
     ffn_multiple: int = 64
     sequence_length: int = 512
     calibration_tokens: int = 131_072
