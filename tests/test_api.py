@@ -135,12 +135,12 @@ def test_models_made_are_the_callers_own(run, tmp_path):
     assert small.materialize().lm_head.weight.abs().max() > 0
 
 
-def test_a_search_beats_or_equals_the_agent_and_its_evaluations_stay(copied, tmp_path):
-    before, agents = len(copied.experience), copied.policy(0.4).policy
+def test_a_search_beats_or_equals_the_answer_and_its_evaluations_stay(copied, tmp_path):
+    before, answer = len(copied.experience), copied.policy(0.4)
     small = copied.prune(ratio=0.4, search=12, device="cpu")
-    found, its = copied.evaluate([small.policy, agents], device="cpu")
+    found, its = copied.evaluate([small.policy, answer.policy], device="cpu")
     assert found["log_perplexity"] <= its["log_perplexity"] + 1e-6
-    assert len(copied.experience) > before and small.policy_from in ("search", "agent")
+    assert len(copied.experience) > before and small.policy_from in ("search", answer.source)
     assert small.save_pretrained(tmp_path / "out")["search_evaluations"] == 12
 
 

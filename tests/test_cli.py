@@ -57,8 +57,8 @@ def test_policy_is_the_runs_answer(run):
 def test_prune_writes_a_checkpoint_with_its_facts(run, pruned, tiny_run):
     report = json.loads((pruned / "ppf.json").read_text())
     session, policy = Session(Run(run), "cpu"), Policy.from_dict(report["policy"])
-    opened = session.run
-    assert policy == opened.policy(0.3).policy and report["policy_from"] == "agent" and report["source"] is None
+    opened, answer = session.run, session.run.policy(0.3)
+    assert (policy, report["policy_from"]) == (answer.policy, answer.source) and report["source"] is None
     assert report["requested_ratio"] == 0.3 and report["delivered_ratio"] == opened.grid.ratio(policy)
     assert report["seed"] == 0 and report["settings"] == opened.settings.to_dict() and report["versions"]["torch"]
     protocol = report["measured"]["protocol"]
