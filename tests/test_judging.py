@@ -25,7 +25,7 @@ from ppf.storage.sealed import Sealed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-METHODS = parse_methods("wanda-sp as is,flap as is,uniform,dynamic")
+METHODS = parse_methods("wanda-sp as is,flap as is,shortgpt,dynamic")
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,22 @@ def test_what_was_judged_is_not_judged_again(judged, session, report, folder):
         return Judge(session, lambda: moments, asked, files).cells(data["cells"]), asked.calls
 
     assert cells("a") == (data["cells"], [])
-    (uniform,) = kept.glob("uniform-*.json")
-    uniform.unlink()
+    (one,) = kept.glob("shortgpt-*.json")
+    one.unlink()
     more, calls = cells("a,b")
     assert sorted(calls) == [("a",)] + [("b",)] * len(METHODS)
     assert [cell["tasks"]["a"] for cell in more] == [cell["tasks"]["a"] for cell in data["cells"]]
     assert all(list(cell["tasks"]) == ["a", "b"] and cell["tasks"]["a"] == cell["tasks"]["b"] for cell in more)
     fewer, calls = cells("a", limit=3)
     assert len(calls) == len(METHODS) and fewer[0]["tasks"]["a"]["items"] == 3
-    other = json.loads(uniform.read_text())
+    other = json.loads(one.read_text())
     other["policy"] = {"attention": [1], "ffn": [8]}
-    files.write_json(uniform.name, other)  # of a cell that has been computed again since
+    files.write_json(one.name, other)  # of a cell that has been computed again since
     assert cells("a", limit=3)[1] == [("a",)]
-    files.write_json(uniform.name, {"policy": 3})
+    files.write_json(one.name, {"policy": 3})
     with pytest.raises(ppf.InputError, match="policy"):
         cells("a")
-    uniform.write_text('{"policy": 3}')
+    one.write_text('{"policy": 3}')
     with pytest.raises(ppf.InputError, match="Remove this file"):
         cells("a")
 

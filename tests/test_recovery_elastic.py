@@ -138,14 +138,15 @@ def test_gradients_are_those_of_the_cut(tiny_run):
     shared.loss(narrow, objective, ids, None).backward()
     step = 5e-3  # the head computes in fp32
     for column in (3, 40):  # kept, and gone
+        row = int(parameter.grad[:, column].abs().argmax())  # where rounding matters least
         with torch.no_grad():
             values = []
             for sign in (1, -1):
-                parameter[5, column] += sign * step
+                parameter[row, column] += sign * step
                 values.append(float(shared.loss(narrow, objective, ids, None)))
-                parameter[5, column] -= sign * step
-        assert float(parameter.grad[5, column]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2)
-        assert abs(float(parameter.grad[5, column])) > 1e-6
+                parameter[row, column] -= sign * step
+        assert float(parameter.grad[row, column]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2)
+        assert abs(float(parameter.grad[row, column])) > 1e-6
 
 
 def test_every_size_is_better_on_text_that_was_not_trained_on(recovered):
